@@ -1,0 +1,69 @@
+"""Every error Tightrope raises on purpose.
+
+    TightropeError
+    ├── InputError        a file, option, model name, image or pattern that the user gave
+    ├── TraceError        a network, or one operation of it, that cannot be traced or lowered
+    ├── BudgetError       a budget that cannot be read, or that no choice can meet
+    ├── BundleError       a bundle that is missing parts, corrupt, or of another version
+    └── ProtocolError     a peer that vanished, disagreed, or sent something it must not
+
+The command line prints the message and exits with status 2; anything else is a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TightropeError(Exception):
+    """Base class. The message says what is wrong, where, what was got, what is allowed and how to go on."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        allowed: object = None,
+        fix: str | None = None,
+    ) -> None:
+        parts = [what]
+        if where is not None:
+            parts.append(f"  where:   {where}")
+        if got is not None:
+            parts.append(f"  got:     {got}")
+        if allowed is not None:
+            parts.append(f"  allowed: {allowed}")
+        if fix is not None:
+            parts.append(f"  try:     {fix}")
+        super().__init__("\n".join(parts))
+        self.what = what
+
+
+class InputError(TightropeError):
+    """Something the user named does not exist or has the wrong form."""
+
+
+class TraceError(TightropeError):
+    """The network, or one operation of it, is outside what can be traced or lowered."""
+
+
+class BudgetError(TightropeError):
+    """The budget cannot be parsed, names an unknown quantity, or is infeasible."""
+
+
+class BundleError(TightropeError):
+    """The bundle on disk is incomplete, corrupt, or written by another schema."""
+
+
+class ProtocolError(TightropeError):
+    """A secure session failed: a peer is gone, disagrees, or broke the protocol."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A short hint naming the known words closest to `name`, or all of them when there are few."""
+    words = sorted(known)
+    close = get_close_matches(name, words, n=4, cutoff=0.4)
+    shown = close or words[:12]
+    return ", ".join(shown) + (", …" if not close and len(words) > 12 else "")
