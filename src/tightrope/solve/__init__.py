@@ -1,0 +1,1 @@
+"""Solvers of selection problems: numpy, scipy and numba only, no torch."""
