@@ -26,6 +26,11 @@ MEASURED: dict[str, type | tuple[type, ...]] = {
 PACKAGES = ("torch", "numpy", "scipy", "numba")
 
 
+def row(bar: str, value: float, unit: str, holds: bool = True) -> dict[str, object]:
+    """A row without its issue and command; a measurement without a bar holds."""
+    return {"bar": bar, "value": value, "unit": unit, "holds": holds}
+
+
 def write(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
     """Write `results/<name>.json`, all at once or not at all; returns its path.
 
@@ -48,10 +53,9 @@ def write(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def read() -> list[dict[str, object]]:
-    """The rows of all result files, in order of issue and file."""
-    rows: list[dict[str, object]] = [
-        row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())
-    ]
+    """The rows of all result files, in order of issue and file; a file that is one record holds none."""
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    rows: list[dict[str, object]] = [row for body in files if isinstance(body, list) for row in body]
     return sorted(rows, key=lambda row: int(str(row["issue"])))
 
 

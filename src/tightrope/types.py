@@ -271,7 +271,10 @@ class OpTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a runtime really spent on one batch. `links` maps `sender->receiver` to online bytes."""
+    """What a runtime really spent on one batch. `links` maps `sender->receiver` to online bytes.
+
+    `setup_links` is paid once per session, not per batch; `config` are the runtime's settings.
+    """
 
     runtime: str
     batch: int
@@ -279,6 +282,8 @@ class Measurement:
     total: Cost
     links: Mapping[str, int] = field(default_factory=dict)
     offline_links: Mapping[str, int] = field(default_factory=dict)
+    setup_links: Mapping[str, int] = field(default_factory=dict)
+    config: Mapping[str, Json] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     host: Mapping[str, Json] = field(default_factory=dict)
 

@@ -1,0 +1,124 @@
+"""Issue 1, bar 2: accuracy of block_relu at 12 % and 6 % of the DReLUs, with controls at the same budget.
+
+    python benchmarks/bench_block_relu.py            # hours on 2 cores; resumes when interrupted
+
+The demo network, the whole of Fashion-MNIST. Every variant gets the same fine-tuning recipe and seeds; the
+test split is read once per fine-tuned network, after everything was chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from _rows import row, write
+from tightrope import models
+from tightrope.data import load
+from tightrope.finetune import Recipe, accuracy, finetune
+from tightrope.graph import trace
+from tightrope.methods.block_relu import BlockReluMethod
+from tightrope.pipeline import quiet
+from tightrope.place import place
+from tightrope.program import base_cost
+from tightrope.solve.select import price, select
+from tightrope.types import Budget, Problem
+
+BARS = {"drelus<=12%": 1.5, "drelus<=6%": 3.0}  # points of test accuracy that may be lost
+MARGIN = 2.0  # points above the best control
+VARIANTS = ("tightrope", "uniform", "layers", "random")
+METHOD = BlockReluMethod(samples=512, verify=300)
+Job = tuple[str, str, int, int]  # budget, variant, seed, epochs
+
+
+def finetuned(job: Job, work: Path) -> dict[str, float]:
+    """Test accuracy in % of one variant after fine-tuning, and its DReLUs; kept in a file of its own."""
+    text, name, seed, epochs = job
+    saved = work / f"{text.split('<=')[1]}-{name}-{seed}-{epochs}.json"
+    if not saved.exists():
+        torch.set_num_threads(1)
+        data = load("fashion-mnist")
+        base = models.resolve("demo")
+        problem = Problem.load(work / "problem.npz")
+        budget = Budget.parse(text)
+        if name == "tightrope":
+            picked = select(problem, budget).picked
+        else:
+            picked = replace(METHOD, seed=seed).controls(problem, budget)[name]
+        drelus = price(problem, picked).cost.drelus
+        if drelus > budget.resolve(problem.baseline)["drelus"]:
+            raise ValueError(f"{name} is over the budget {text}: {drelus}")
+        graph = trace(base, data.input_shape)
+        model = place(graph, METHOD.choices(problem, picked), METHOD.rewrite).module
+        recipe = replace(Recipe(), epochs=epochs, seed=seed)
+        tuned = finetune(model, data, teacher=base, recipe=recipe)
+        result = {"drelus": drelus, "test": 100 * accuracy(tuned, data, "test")}
+        saved.write_text(json.dumps(result))
+    found: dict[str, float] = json.loads(saved.read_text())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_block_relu"))
+    options = parser.parse_args()
+    data, base = load("fashion-mnist"), models.resolve("demo")
+    graph = trace(base, data.input_shape)
+    if not (options.work / "problem.npz").exists():
+        problem = METHOD.measure(graph, data, cost=base_cost, workdir=None, progress=quiet)
+        problem.save(options.work / "problem.npz")
+    meta = Problem.load(options.work / "problem.npz").meta
+    ratio = meta["exact_passes"] * -(-METHOD.samples // METHOD.batch_size) / meta["passes"]
+    original = 100 * accuracy(base, data, "test")
+    rho = meta["spearman"]
+    rows = [
+        row(
+            f"Spearman of fast against exact distortion, {meta['verified']} options, >= 0.98",
+            rho,
+            "",
+            rho >= 0.98,
+        ),
+        row("fast distortion: network passes saved, at least 50x", ratio, "x", ratio >= 50),
+        row("test accuracy of the original network (no bar)", original, "%"),
+    ]
+    jobs = [(t, n, s, options.epochs) for s in range(options.seeds) for n in VARIANTS for t in BARS]
+    context = multiprocessing.get_context("spawn")
+    results: dict[Job, float] = {}
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        waiting = {pool.submit(finetuned, job, options.work): job for job in jobs}
+        for future in as_completed(waiting):
+            results[waiting[future]] = future.result()["test"]
+            print(*waiting[future], future.result(), flush=True)
+    for text, allowed in BARS.items():
+        scores = {n: [results[text, n, s, options.epochs] for s in range(options.seeds)] for n in VARIANTS}
+        means = {name: statistics.mean(values) for name, values in scores.items()}
+        for name, values in scores.items():
+            ours = name == "tightrope"
+            bar = f"at most {allowed} points lost" if ours else "control, no bar"
+            what = f"{text}: {name}, test accuracy after {options.epochs} epochs, {len(values)} seeds"
+            holds = original - means[name] <= allowed if ours else True
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            rows += [
+                row(f"{what}, mean ({bar})", means[name], "%", holds),
+                row(f"{what}, standard deviation", spread, "%"),
+            ]
+        best = max(VARIANTS[1:], key=lambda name: means[name])
+        margin = means["tightrope"] - means[best]
+        bar = f"{text}: at least {MARGIN:g} points above the best control ({best})"
+        rows.append(row(bar, margin, "points", margin >= MARGIN))
+    command = f"python benchmarks/bench_block_relu.py --epochs {options.epochs} --seeds {options.seeds}"
+    write("block_relu", [{"issue": 1, "command": command, **found} for found in rows])
+
+
+if __name__ == "__main__":
+    main()

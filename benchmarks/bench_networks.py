@@ -1,0 +1,91 @@
+"""Issue 1, bar 4: search, rewrite, lower and run networks we did not write; plain against torch.
+
+    python benchmarks/bench_networks.py
+
+Random weights, 64x64 colour images made from the embedded ones. torch runs in float32 and in float64: a patch
+whose sum is near zero may change sign by rounding, so the bar is on float64 and both are shown.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from _rows import row, write
+from tightrope import pipeline
+from tightrope.data import load
+from tightrope.runtimes.plain import Plain
+
+NETWORKS = ("torchvision:resnet18", "torchvision:mobilenet_v2", "torchvision:densenet121", "timm:regnetx_002")
+SIZE = 64
+BAR = 1e-4
+COMMAND = "python benchmarks/bench_networks.py"
+
+
+def without_compiled_torchvision() -> None:
+    """PyPI's torchvision does not load its compiled ops next to a CPU torch; these schemas let it import."""
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    without_compiled_torchvision.kept = library  # type: ignore[attr-defined]
+
+
+def colour_images(root: Path) -> Path:
+    source = load("embedded")
+    images, labels = next(source.batches("train", 200, limit=200))
+    generator = torch.Generator().manual_seed(0)
+    for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        tint = torch.rand(3, 1, 1, generator=generator)
+        grey = (image - image.min()) / (image.max() - image.min()) * 255
+        pixels = (grey * tint).permute(1, 2, 0).numpy().astype(np.uint8)
+        path = root / source.classes[int(label)].replace("/", "-") / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).resize((SIZE, SIZE)).save(path)
+    return root
+
+
+def main() -> None:
+    without_compiled_torchvision()
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as name:
+        images = colour_images(Path(name) / "images")
+        for spec in NETWORKS:
+            torch.manual_seed(0)
+            bundle = pipeline.search(
+                model=spec,
+                data=str(images),
+                image_size=SIZE,
+                budget="drelus<=12%",
+                out=Path(name) / "bundle",
+                config={"samples": 32, "verify": 0, "batch_size": 16},
+            )
+            plan = bundle.plan()
+            model = pipeline.apply_plan(bundle)
+            program = bundle.program()
+            x = next(bundle.data().batches("validation", 16, limit=16))[0]
+            outputs, measured = Plain().open(program).run(x.numpy())
+            with torch.no_grad():
+                single = model(x).double().numpy()
+                double = copy.deepcopy(model).double()(x.double()).numpy()
+            scale = max(1.0, float(np.abs(double).max()))
+            error = float(np.abs(outputs - double).max()) / scale
+            rounded = float(np.abs(outputs - single).max()) / scale
+            extra = measured.total.drelus / len(x) - plan.predicted.drelus
+            unit = "relative to the largest logit"
+            what = f"{spec} at {SIZE}x{SIZE}, 12 %"
+            rows += [
+                row(f"{what}: plain equals torch float64 within 1e-4", error, unit, error <= BAR),
+                row(f"{what}: difference from torch float32 (no bar)", rounded, unit),
+                row(f"{what}: DReLUs executed minus planned", extra, "DReLUs", extra == 0),
+            ]
+            print(spec, error, rounded, plan.predicted.drelus, flush=True)
+    write("networks", [{"issue": 1, "command": COMMAND, **found} for found in rows])
+
+
+if __name__ == "__main__":
+    main()

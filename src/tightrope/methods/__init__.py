@@ -1,0 +1,69 @@
+"""Each method is a folder of the same shape: a frozen configuration that searches and rewrites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from tightrope.data import Data
+from tightrope.errors import InputError, near
+from tightrope.graph import Graph
+from tightrope.program import Op
+from tightrope.shard import Shard
+from tightrope.types import Budget, Cost, Json, Problem, Site
+
+CostModel = Callable[[Op], Cost]  # per sample, of one op taken alone
+Progress = Callable[[str, int, int], None]  # what, done, of
+
+
+class Method(Protocol):
+    """A frozen dataclass: the configuration is the method."""
+
+    @property
+    def name(self) -> str: ...
+
+    def measure(
+        self,
+        graph: Graph,
+        data: Data,
+        *,
+        cost: CostModel,
+        workdir: Path | None,
+        progress: Progress,
+        feasible: Callable[[Problem], object] = ...,
+        shard: Shard = ...,
+    ) -> Problem:
+        """Every option of every site with its predicted loss and cost; `shard` is this process's part.
+
+        `feasible` gets the problem with all losses 0 before the long work, to refuse a budget early.
+        """
+        ...
+
+    def choices(self, problem: Problem, picked: Mapping[str, Any]) -> dict[str, Json]:
+        """Translate picked option indices per site, (G,) each, into what `rewrite` understands."""
+        ...
+
+    def controls(self, problem: Problem, budget: Budget) -> dict[str, Mapping[str, Any]]:
+        """Named assignments a user would try without a solver, each within the budget."""
+        ...
+
+    def rewrite(self, site: Site, module: nn.Module, choice: Json) -> nn.Module:
+        """The module that stands at `site` under `choice`; `module` itself is not changed."""
+        ...
+
+
+METHODS: dict[str, str] = {
+    "block_relu": "tightrope.methods.block_relu:BlockReluMethod",
+}
+
+
+def method_type(name: str) -> Any:
+    """The configuration class of a method. Raises InputError naming the known ones."""
+    if name not in METHODS:
+        raise InputError("unknown method", got=name, allowed=near(name, METHODS))
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,318 @@
+"""Choose per channel the patch over which one ReLU sign is shared (Gorski & Avidan, arXiv 2304.10442)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from tightrope.data import Data
+from tightrope.errors import BundleError, InputError, TraceError
+from tightrope.graph import Graph
+from tightrope.lower import lower
+from tightrope.methods import CostModel, Progress
+from tightrope.methods.block_relu.controls import Picked, controls
+from tightrope.methods.block_relu.distortion import Distortion, Suffix, accumulate, exact, upper_of
+from tightrope.methods.block_relu.patches import label, parse, patches
+from tightrope.nn.block_relu import BlockReLU, Patch
+from tightrope.place import model_sha256, place
+from tightrope.program import Program, Relu
+from tightrope.shard import Shard
+from tightrope.types import METRICS, Budget, Cost, Json, Problem, Site, Table, atomic_write, total
+
+Options = dict[str, list[Patch]]
+SINGLE = Shard()
+CHUNK = 4  # sites measured by the same passes: bounds memory, and is the unit of resuming
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReluMethod:
+    """Configuration and method in one.
+
+    `sites`: shell patterns of the activations to decide; the others stay as they are.
+    `samples`: training images behind every predicted loss. `directions`: output directions measured at
+    most; with more outputs, random probes. `verify`: options measured exactly for the rank correlation.
+    `max_pool`: "avg" turns max-pools into average pools first; `relu6`: "relu" turns ReLU6 into ReLU.
+    """
+
+    sites: str = "*"
+    samples: int = 256
+    batch_size: int = 64
+    directions: int = 16
+    verify: int = 100
+    max_pool: Literal["keep", "avg"] = "keep"
+    relu6: Literal["keep", "relu"] = "keep"
+    seed: int = 0
+
+    name: ClassVar[str] = "block_relu"
+    kinds: ClassVar[tuple[str, ...]] = ("relu", "relu6")
+
+    def __post_init__(self) -> None:
+        for key in ("samples", "batch_size", "directions"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key} must be positive", got=getattr(self, key))
+        for key, allowed in (("max_pool", ("keep", "avg")), ("relu6", ("keep", "relu"))):
+            if getattr(self, key) not in allowed:
+                raise InputError(f"unknown choice for {key}", got=getattr(self, key), allowed=allowed)
+
+    def preparation(self, graph: Graph) -> dict[str, Json]:
+        """The replacements asked for before any patch is chosen; part of the plan, listed in the report."""
+        wanted = {"max_pool": ("max_pool", "avg_pool"), "relu6": ("relu6", "relu")}
+        return {
+            site.name: {"replace": new}
+            for key, (kind, new) in wanted.items()
+            if getattr(self, key) != "keep"
+            for site in graph.sites
+            if site.kind == kind
+        }
+
+    def measure(
+        self,
+        graph: Graph,
+        data: Data,
+        *,
+        cost: CostModel,
+        workdir: Path | None,
+        progress: Progress,
+        feasible: Callable[[Problem], object] = lambda _: None,
+        shard: Shard = SINGLE,
+    ) -> Problem:
+        """Predicted loss and cost of every patch of every channel.
+
+        `workdir` keeps one file per site, so that an interrupted measurement goes on where it stopped.
+        `feasible` is called with all losses 0 before anything is measured.
+        Raises TraceError when a site has no influence on the outputs (its options would look free).
+        """
+        prepared = self.preparation(graph)
+        ready = place(graph, prepared, self.rewrite)
+        sites = ready.match(self.sites, self.kinds)
+        options = {s.name: patches(_size(s)) for s in sites}
+        program = lower(ready.module, ready.input_shape)
+        for site in sites:
+            if site.name not in {op.name for op in program.ops}:
+                raise _no_influence(site, "no output depends on it")
+        unknown = {s.name: np.zeros((s.shape[0], len(options[s.name]))) for s in sites}
+        feasible(Problem(*self._priced(program, sites, options, unknown, cost)))
+        key = self._key(ready, program, data)
+        saved = {s.name: _read(workdir, s, key, options[s.name]) for s in sites}
+        shard.barrier()  # nobody writes before everybody has read
+        losses = {name: loss for name, loss in saved.items() if loss is not None}
+        passes = 0
+        missing = [s for s in sites if s.name not in losses]
+        for start in range(0, len(missing), CHUNK):
+            chunk = missing[start : start + CHUNK]
+            fresh, used = self._fast(ready, chunk, options, data, shard)
+            passes += used
+            losses |= fresh
+            if shard.first:
+                for site in chunk:
+                    _write(workdir, site, key, fresh[site.name], options[site.name])
+            progress("distortion", min(start + CHUNK, len(missing)), len(missing))
+        check = self._verify(ready, sites, options, losses, data, progress, shard)
+        tables, fixed, baseline = self._priced(program, sites, options, losses, cost)
+        meta = {
+            "method": self.name,
+            "config": asdict(self),
+            "prepared": prepared,
+            "sites": {s.name: list(s.shape) for s in sites},
+            "passes": passes,
+            "exact_passes": sum(len(o) * s.shape[0] for s, o in zip(sites, options.values(), strict=True)),
+            **check,
+        }
+        return Problem(tables, fixed, baseline, meta)
+
+    def _key(self, graph: Graph, program: Program, data: Data) -> str:
+        """What saved losses depend on: weights, structure (`max_pool`, `relu6`), images and directions."""
+        parts = (self.samples, self.directions, self.seed, data.name)
+        return f"{model_sha256(graph.module)} {program.sha256()} {parts}"
+
+    def _images(self, data: Data, shard: Shard) -> Iterator[Tensor]:
+        batches = data.batches(
+            "train",
+            self.batch_size,
+            shuffle=True,
+            seed=self.seed,
+            limit=self.samples,
+            rank=shard.rank,
+            world=shard.world,
+        )
+        return (x.to(shard.device) for x, _ in batches)
+
+    def _fast(
+        self, graph: Graph, sites: Sequence[Site], options: Options, data: Data, shard: Shard
+    ) -> tuple[dict[str, NDArray[np.float64]], int]:
+        sums = {
+            s.name: Distortion(torch.zeros(s.shape[0], len(options[s.name]), dtype=torch.float64))
+            for s in sites
+        }
+        generator = torch.Generator(shard.device).manual_seed(self.seed + shard.rank)
+        graph.module.to(shard.device)
+        passes = 0
+        for x in self._images(data, shard):
+            passes += accumulate(
+                graph, sites, options, x, sums, most_directions=self.directions, generator=generator
+            )
+        outputs = graph.outputs
+        result = {}
+        for site in sites:
+            mine = sums[site.name]
+            squares = shard.total(mine.squares)
+            images, active = shard.total(torch.tensor([mine.images, int(mine.active)])).tolist()
+            if active and not squares.any():
+                raise _no_influence(site, "distortion exactly 0 for every option")
+            result[site.name] = (squares / (images * outputs)).numpy()
+        return result, passes
+
+    def _verify(
+        self,
+        graph: Graph,
+        sites: Sequence[Site],
+        options: Options,
+        losses: dict[str, NDArray[np.float64]],
+        data: Data,
+        progress: Progress,
+        shard: Shard,
+    ) -> dict[str, Json]:
+        """Spearman correlation of fast and exact losses over random options, on the same images."""
+        generator = np.random.default_rng(self.seed)
+        pool = [
+            (s, c, k)
+            for s in sites
+            for c in range(s.shape[0])
+            for k, p in enumerate(options[s.name])
+            if p != (1, 1) or s.kind == "relu6"
+        ]
+        picked = [pool[i] for i in generator.permutation(len(pool))[: self.verify]]
+        if len(picked) < 2:
+            return {}
+        sums = torch.zeros(len(picked) + 1, dtype=torch.float64)  # the last one counts images
+        images = list(self._images(data, shard))
+        for done, x in enumerate(images):
+            sums[-1] += len(x)
+            for site in sites:
+                mine = [i for i, (s, _, _) in enumerate(picked) if s is site]
+                suffix = Suffix(graph, site, x) if mine else None
+                for i in mine:
+                    assert suffix is not None
+                    _, c, k = picked[i]
+                    sums[i] += len(x) * exact(suffix, c, options[site.name][k], upper_of(graph, site))
+            progress("exact check", done + 1, len(images))
+        sums = shard.total(sums)
+        fast = np.array([losses[s.name][c, k] for s, c, k in picked])
+        measured = (sums[:-1] / sums[-1]).numpy()
+        return {
+            "verified": len(picked),
+            "spearman": float(spearmanr(fast, measured).statistic),
+            "check": [[float(a), float(b)] for a, b in zip(fast, measured, strict=True)],
+        }
+
+    def _priced(
+        self,
+        program: Program,
+        sites: Sequence[Site],
+        options: Options,
+        losses: dict[str, NDArray[np.float64]],
+        cost: CostModel,
+    ) -> tuple[tuple[Table, ...], Cost, Cost]:
+        chosen = {s.name for s in sites}
+        fixed = total(cost(op) for op in program.ops if op.name not in chosen)
+        baseline = total(cost(op) for op in program.ops)
+        tables = []
+        for site in sites:
+            op = program.op(site.name)
+            assert isinstance(op, Relu)
+            C = site.shape[0]
+            costs = [cost(replace(op, patches=(patch,) * C)) for patch in options[site.name]]
+            priced = {m: np.array([getattr(c, m) / C for c in costs]) for m in METRICS}
+            tables.append(
+                Table(
+                    site.name,
+                    tuple(label(p) for p in options[site.name]),
+                    losses[site.name],
+                    {m: v for m, v in priced.items() if v.any()},
+                )
+            )
+        return tuple(tables), fixed, baseline
+
+    def choices(self, problem: Problem, picked: Mapping[str, NDArray[np.intp]]) -> dict[str, Json]:
+        """{site: {"patches": [[rows, columns] per channel]}}, and the preparation."""
+        result: dict[str, Json] = dict(problem.meta["prepared"])
+        for table in problem.tables:
+            shapes = [list(parse(table.labels[k])) for k in picked[table.site]]
+            upper = result.pop(table.site, {}).get("replace") != "relu"
+            result[table.site] = {"patches": shapes} if upper else {"patches": shapes, "replace": "relu"}
+        return result
+
+    def controls(self, problem: Problem, budget: Budget) -> dict[str, Picked]:
+        """See `tightrope.methods.block_relu.controls`."""
+        return controls(problem, budget, self.seed)
+
+    def rewrite(self, site: Site, module: nn.Module, choice: Json) -> nn.Module:
+        if "patches" in choice:
+            keeps_upper = site.kind == "relu6" and choice.get("replace") != "relu"
+            if len(choice["patches"]) != site.shape[0]:
+                raise InputError(
+                    "one patch per channel",
+                    where=site.name,
+                    got=len(choice["patches"]),
+                    allowed=site.shape[0],
+                )
+            return BlockReLU(choice["patches"], 6.0 if keeps_upper else None)
+        if choice.get("replace") == "avg_pool" and isinstance(module, nn.MaxPool2d):
+            if module.dilation not in (1, (1, 1)):
+                raise InputError(
+                    "a dilated max-pool has no average pool", where=site.name, got=module.dilation
+                )
+            return nn.AvgPool2d(module.kernel_size, module.stride, module.padding, ceil_mode=module.ceil_mode)
+        if choice.get("replace") == "relu":
+            return nn.ReLU()
+        raise InputError("block_relu does not know this choice", where=site.name, got=choice)
+
+
+def _no_influence(site: Site, got: str) -> TraceError:
+    return TraceError(
+        "this site has no influence on the outputs: its ReLUs would be removed for free",
+        where=site.name,
+        got=got,
+        fix="check the network, or leave the site out with --sites",
+    )
+
+
+def _size(site: Site) -> tuple[int, int]:
+    return (site.shape[1], site.shape[2]) if len(site.shape) == 3 else (1, 1)
+
+
+def _path(workdir: Path, site: Site) -> Path:
+    return workdir / f"{site.name}.npz"
+
+
+def _read(workdir: Path | None, site: Site, key: str, options: list[Patch]) -> NDArray[np.float64] | None:
+    """The saved losses of a site; None when there are none, or they belong to another measurement."""
+    if workdir is None or not _path(workdir, site).exists():
+        return None
+    try:
+        with _path(workdir, site).open("rb") as f, np.load(f, allow_pickle=False) as saved:
+            same = str(saved["key"]) == key and saved["patches"].tolist() == [list(p) for p in options]
+            return saved["loss"] if same else None
+    except Exception as error:  # a damaged zip raises almost anything
+        raise BundleError(
+            "a saved distortion file is damaged",
+            where=str(_path(workdir, site)),
+            got=str(error),
+            fix="delete the file; it is measured again",
+        ) from error
+
+
+def _write(
+    workdir: Path | None, site: Site, key: str, loss: NDArray[np.float64], options: list[Patch]
+) -> None:
+    if workdir is not None:
+        arrays = {"key": np.array(key), "loss": loss, "patches": np.array(options)}
+        atomic_write(_path(workdir, site), lambda f: np.savez(f, **arrays))  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+"""The command lines that made a bundle, and those that would make what it lacks."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from tightrope.methods import method_type
+from tightrope.report.facts import Facts
+from tightrope.types import Json
+
+SEARCH_FLAGS = ("sites", "samples", "verify", "max_pool", "relu6", "seed")
+FINETUNE_FLAGS = ("epochs", "lr", "batch_size", "seed")
+
+
+def missing(facts: Facts) -> dict[str, str]:
+    """Verb -> the command that makes that part of this bundle."""
+    path = str(facts.bundle.path)
+    frozen = [] if facts.program is not None else [_join("finetune", path)]
+    return {
+        "search": _line("search", facts, "--verify", "100"),
+        "finetune": _join("finetune", path, "--test"),
+        "run": " && ".join([*frozen, _join("run", path, "--runtime", "mpc", "--count", "16")]),
+        "curve": _join("curve", path),
+    }
+
+
+def reproduce(facts: Facts) -> str:
+    """Every step whose result lies in the bundle, one a line; the search starts from the bundle's weights."""
+    path, plan = str(facts.bundle.path), facts.plan
+    config = dict(plan.config)
+    default = asdict(method_type(plan.method)())
+    changed = {k: v for k, v in config.items() if v != default.get(k)}
+    chosen = _flags({k: v for k, v in changed.items() if k in SEARCH_FLAGS})
+    lines = [_line("search", facts, *chosen)]
+    if unflagged := {k: v for k, v in changed.items() if k not in SEARCH_FLAGS}:
+        settings = ", ".join(f"{k}={v!r}" for k, v in unflagged.items())
+        lines.insert(0, f"# settings that only Python has: {settings}")
+    if "validation" in facts.accuracy:
+        recipe = facts.accuracy.get("recipe", {})
+        flags = _flags({k: recipe[k] for k in FINETUNE_FLAGS if k in recipe})
+        test = ["--test"] if "test" in facts.accuracy else []
+        lines.append(_join("finetune", path, *flags, *test))
+    elif facts.program is not None:
+        lines.append(_join("apply", path))
+    if facts.run is not None:
+        lines.append(
+            _join("run", path, "--runtime", facts.run["runtime"], "--count", str(facts.run["batch"]))
+        )
+    if facts.curve:
+        lines.append(_join("curve", path, "--points", str(len(facts.curve))))
+    return "\n".join([*lines, _join("report", path)])
+
+
+def _line(verb: str, facts: Facts, *more: str) -> str:
+    about, path = facts.about, facts.bundle.path
+    words = [
+        *("--model", str(about.get("model", facts.plan.base))),
+        *("--weights", str(path / "base.safetensors")),
+        *("--data", str(about.get("data", "?"))),
+        *_flags({k: about[k] for k in ("root", "image_size") if about.get(k) is not None}),
+        *("--method", facts.plan.method),
+        *("--budget", facts.plan.budget),
+        *_flags({k: about[k] for k in ("runtime",) if k in about}),
+        *more,
+        *("--out", str(path)),
+    ]
+    return _join(verb, *words)
+
+
+def _flags(values: Mapping[str, Json]) -> list[str]:
+    words = []
+    for name, value in values.items():
+        words += ["--" + name.replace("_", "-"), f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
+
+
+def _join(*words: str) -> str:
+    return shlex.join(["tightrope", *words])

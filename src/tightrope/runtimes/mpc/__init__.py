@@ -1,0 +1,11 @@
+"""Secure inference by three parties that do not collude.
+
+The client has the input, the server the weights, the dealer only makes correlated randomness. Semi-honest.
+"""
+
+from tightrope.runtimes.mpc.config import MPC
+from tightrope.runtimes.mpc.cost import Costs, costs
+from tightrope.runtimes.mpc.schedule import Schedule, compile_program
+from tightrope.runtimes.mpc.session import MPCSession
+
+__all__ = ["MPC", "Costs", "MPCSession", "Schedule", "compile_program", "costs"]

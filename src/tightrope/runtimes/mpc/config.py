@@ -1,0 +1,116 @@
+"""MPC: the configuration of the secure runtime, which is also the runtime (`tightrope.runtimes.mpc`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from tightrope.errors import InputError, TraceError
+from tightrope.program import (
+    Add,
+    AvgPool2d,
+    Concat,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Linear,
+    Op,
+    Pad,
+    Program,
+    Relu,
+    Upsample,
+)
+from tightrope.types import Cost, Json
+
+if TYPE_CHECKING:
+    from tightrope.runtimes.mpc.session import MPCSession
+
+RING_BITS = 64
+PORTS = 2  # consecutive ports that a session listens on: server, dealer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MPC:
+    """Client, server and dealer over the ring Z_2^64 with fixed-point numbers.
+
+    fraction_bits: of activations; weight_bits: fractional bits of weights; a layer's result has both until
+    it is truncated. margin: how far beyond its calibrated range a value may go before the ring or the
+    comparison could overflow. material_bytes: a larger batch is run in pieces, so that the dealer's material
+    for one takes no more. port: first of two consecutive loopback ports, 0 for free ones; timeout_s: how long
+    a party waits for another; threads: per party, 0 for half of the cores.
+
+    Raises InputError for a value out of range.
+    """
+
+    ring_bits: int = RING_BITS
+    fraction_bits: int = 22
+    weight_bits: int = 22
+    margin: float = 4.0
+    material_bytes: int = 1 << 31
+    port: int = 0
+    timeout_s: float = 60.0
+    threads: int = 0
+
+    name: ClassVar[str] = "mpc"
+    ops: ClassVar[frozenset[str]] = frozenset(
+        cls.kind
+        for cls in (Conv2d, Linear, Add, Concat, AvgPool2d, GlobalAvgPool, Relu, Flatten, Pad, Upsample)
+    )
+
+    def __post_init__(self) -> None:
+        limits = {
+            "ring_bits": (RING_BITS, RING_BITS),
+            "fraction_bits": (4, 28),
+            "weight_bits": (4, 28),
+            "margin": (1.0, 2.0**20),
+            "material_bytes": (1, 2**50),
+            "port": (0, 65536 - PORTS),
+            "timeout_s": (0.1, 86400.0),
+            "threads": (0, 1024),
+        }
+        for key, (low, high) in limits.items():
+            value = getattr(self, key)
+            if not low <= value <= high:
+                raise InputError(f"{key} is out of range", where="MPC", got=value, allowed=f"{low} to {high}")
+
+    def agreed(self) -> dict[str, Json]:
+        """What the three parties must have in common; compared in the handshake."""
+        own = ("material_bytes", "port", "timeout_s", "threads")
+        return {k: v for k, v in asdict(self).items() if k not in own}
+
+    def check(self, op: Op) -> None:
+        """Raise TraceError, naming the op's kind and its name, if this runtime cannot execute it."""
+        bilinear = isinstance(op, Upsample) and op.mode != "nearest"
+        if op.kind not in self.ops or bilinear:
+            raise TraceError(
+                "the mpc runtime cannot execute this op",
+                where=op.name,
+                got=f"{op.kind} ({op.mode})" if isinstance(op, Upsample) else op.kind,
+                allowed=", ".join(sorted(self.ops)),
+                fix="replace it before lowering, or use another runtime",
+            )
+
+    def price(self, op: Op) -> Cost:
+        """What one op adds per sample, taken alone (`cost.price`): how a method compares options."""
+        from tightrope.runtimes.mpc.cost import price
+
+        return price(op, self)
+
+    def cost(self, program: Program, op: Op, batch: int = 1) -> Cost:
+        """What `op` will cost for a batch, exactly as a run counts it; `cost.costs` gives all ops at once.
+
+        Not linear in the batch: frame headers are per message, and packed bits round up to bytes.
+        """
+        from tightrope.runtimes.mpc.cost import costs
+
+        return costs(program, self, batch).ops[op.name]
+
+    def open(self, program: Program, mode: Literal["simulate", "execute"] = "execute") -> MPCSession:
+        """Start the parties: threads of this process (`simulate`) or three processes (`execute`).
+
+        Both run the same code and messages; only `execute` has sockets, TLS and separate memories.
+        Raises InputError or TraceError if the program cannot be executed, ProtocolError if a party fails.
+        """
+        from tightrope.runtimes.mpc.session import open_session
+
+        return open_session(program, self, mode)

@@ -1,0 +1,198 @@
+"""What a run will cost: `costs` of the whole schedule, exactly; `price` of one op alone, for comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tightrope.program import Conv2d, Linear, Op, Program, Relu, base_cost
+from tightrope.runtimes.mpc.config import MPC, RING_BITS
+from tightrope.runtimes.mpc.frame import HEADER_BYTES
+from tightrope.runtimes.mpc.schedule import Schedule, compile_program
+from tightrope.runtimes.mpc.steps import (
+    UNIT_BITS,
+    Gate,
+    Message,
+    Multiply,
+    Open,
+    Step,
+    Truncate,
+    Wire,
+)
+from tightrope.types import Cost, total
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one batch. Links map `sender->receiver` to bytes with frame headers; `setup_links` is paid once per
+    session (the weights' frames; the hellos of the handshake are not in it)."""
+
+    ops: Mapping[str, Cost]
+    total: Cost
+    links: Mapping[str, int]
+    offline_links: Mapping[str, int]
+    setup_links: Mapping[str, int]
+
+
+def costs(program: Program, config: MPC, batch: int = 1) -> Costs:
+    """For `batch` samples together; milliseconds are 0. Raises what `compile_program` does."""
+    schedule = compile_program(program, config)
+    return joined([of_schedule(program, schedule, size) for size in pieces(program, schedule, config, batch)])
+
+
+def pieces(program: Program, schedule: Schedule, config: MPC, batch: int) -> tuple[int, ...]:
+    """The sizes in which a batch is run, in order, so that the material of none exceeds `material_bytes`."""
+    per_sample = of_schedule(program, schedule, 1).total.offline_bytes
+    count = -(-batch // max(1, int(config.material_bytes // max(1, per_sample))))
+    return tuple(batch // count + (k < batch % count) for k in range(count))
+
+
+def joined(parts: Sequence[Costs]) -> Costs:
+    """Batches one after the other: everything adds up, but the weights are the same ones."""
+    ops = {
+        name: replace(total(part.ops[name] for part in parts), weights=cost.weights)
+        for name, cost in parts[0].ops.items()
+    }
+    whole = replace(total(part.total for part in parts), weights=parts[0].total.weights)
+
+    def links(of: str) -> dict[str, int]:
+        names = {name for part in parts for name in getattr(part, of)}
+        return {name: sum(getattr(part, of).get(name, 0) for part in parts) for name in names}
+
+    return Costs(ops, whole, links("links"), links("offline_links"), parts[0].setup_links)
+
+
+def frame_bytes(message: Message, batch: int) -> int:
+    return HEADER_BYTES + message.payload_bytes(batch)
+
+
+def of_schedule(program: Program, schedule: Schedule, batch: int) -> Costs:
+    """See `costs`."""
+    spent = {op.name: structural(program, op.name, batch) for op in program.ops}
+    spent.setdefault(schedule.output.name, Cost())  # a program of no ops reveals its input
+    clock = {"client": 0, "server": 0, "dealer": 0}
+    for step in schedule.steps:
+        before = max(clock.values())
+        online = [message for exchange in step.online for message in exchange]
+        for exchange in step.online:
+            _pass(clock, exchange)
+        spent[step.op] += Cost(
+            drelus=step.drelus * batch,
+            online_bytes=sum(frame_bytes(m, batch) for m in online),
+            offline_bytes=sum(frame_bytes(m, batch) for m in step.offline),
+            rounds=max(clock.values()) - before,
+        )
+    return Costs(
+        ops=spent,
+        total=total(spent.values()),
+        links=_links((m for s in schedule.steps for exchange in s.online for m in exchange), batch),
+        offline_links=_links((m for s in schedule.steps for m in s.offline), batch),
+        setup_links=_links((m for s in schedule.steps for m in s.setup), batch),
+    )
+
+
+def structural(program: Program, op: str, batch: int) -> Cost:
+    """MACs and weights of an op, which no runtime changes; the weights count once, whatever the batch."""
+    base = base_cost(program.op(op))
+    return replace(base.scaled(batch), drelus=0, weights=base.weights)
+
+
+def _pass(clock: dict[str, int], exchange: tuple[Message, ...]) -> None:
+    """Lamport's rule: a message is one later than all its sender has received. All send, then all receive."""
+    sent = [(message.receiver, clock[message.sender] + 1) for message in exchange]
+    for receiver, time in sent:
+        clock[receiver] = max(clock[receiver], time)
+
+
+def _links(messages: Iterable[Message], batch: int) -> dict[str, int]:
+    links: dict[str, int] = {}
+    for message in messages:
+        name = f"{message.sender}->{message.receiver}"
+        links[name] = links.get(name, 0) + frame_bytes(message, batch)
+    return links
+
+
+TYPICAL_RANGE = 8.0  # of an activation, where no calibration says more
+
+
+def price(op: Op, config: MPC) -> Cost:
+    """What one op adds per sample, taken alone: payload without frame headers, packed bits unrounded.
+
+    Assumes the common surroundings: a layer reads a value that nothing else opened and its result goes to a
+    ReLU, which truncates it, identity channels included. The width of comparisons, so only offline bytes, is
+    guessed from an activation range of 8. A ReLU has two rounds; a network has up to two more for its first
+    opening and its result, and two where a layer reads a layer. An op that this runtime cannot execute has
+    the DReLUs, MACs and weights that every runtime would count, and no communication.
+    """
+    steps = ALONE.get(type(op), _nothing)(op, config)
+    online = [m for step in steps for exchange in step.online for m in exchange]
+    return base_cost(op) + Cost(
+        online_bytes=sum(_payload(m) for m in online),
+        offline_bytes=sum(_payload(m) for step in steps for m in step.offline),
+        rounds=sum(len(step.online) for step in steps if isinstance(step, Gate)),
+    )
+
+
+def _payload(message: Message) -> float:
+    return sum(f.count * UNIT_BITS[f.unit] / 8 for f in message.fields if not f.fixed)
+
+
+def _nothing(op: Op, config: MPC) -> tuple[Step, ...]:
+    return ()
+
+
+def _layer_alone(op: Conv2d | Linear, config: MPC) -> tuple[Step, ...]:
+    source = _wire(_input_shape(op), config.fraction_bits)
+    result = _wire(op.shape, config.fraction_bits + config.weight_bits)
+    layer = Multiply(
+        index=1, op=op.name, kernel=op, input=source, output=result, weight_bits=config.weight_bits
+    )
+    return (Open(index=0, op=op.name, wire=source), layer)
+
+
+def _relu_alone(op: Relu, config: MPC) -> tuple[Step, ...]:
+    source = _wire(op.shape, config.fraction_bits + config.weight_bits)
+    result = _wire(op.shape, config.fraction_bits)
+    shift = config.weight_bits
+    if not op.drelus:
+        return (Truncate(index=0, op=op.name, input=source, output=result, shift=shift),)
+    H, W = op.shape[1:] if len(op.shape) == 3 else (1, 1)
+    largest = max(min(p, H) * min(q, W) for p, q in op.patches)
+    bits = 1 + config.fraction_bits + math.ceil(math.log2(config.margin * TYPICAL_RANGE * largest))
+    thresholds = (0,) if op.upper is None else (0, 1)
+    gate = Gate(
+        index=0,
+        op=op.name,
+        kernel=op,
+        input=source,
+        output=result,
+        shift=shift,
+        bits=min(bits, RING_BITS - shift),
+        thresholds=thresholds,
+    )
+    return (gate,)
+
+
+def _wire(shape: tuple[int, ...], scale: int) -> Wire:
+    return Wire("", shape, scale, 1.0, TYPICAL_RANGE, static=True)
+
+
+def _input_shape(op: Conv2d | Linear) -> tuple[int, ...]:
+    """What the layer reads, without rows and columns that no window reaches."""
+    if isinstance(op, Linear):
+        return (op.in_features,)
+    left, right, top, bottom = op.padding
+    sizes = []
+    for n, k, s, d, p in zip(
+        op.shape[1:], op.kernel, op.stride, op.dilation, (top + bottom, left + right), strict=True
+    ):
+        sizes.append(max(1, (n - 1) * s + d * (k - 1) + 1 - p))
+    return (op.in_channels, sizes[0], sizes[1])
+
+
+ALONE: Mapping[type[Op], Callable[..., tuple[Step, ...]]] = {
+    Conv2d: _layer_alone,
+    Linear: _layer_alone,
+    Relu: _relu_alone,
+}

@@ -1,0 +1,81 @@
+"""The dealer: makes correlated randomness ahead of time, from public facts only; it sees no online frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from tightrope.runtimes.mpc import fss, gates
+from tightrope.runtimes.mpc.fixed import local, multiply, tensor, words
+from tightrope.runtimes.mpc.party import Batch, Party, PhaseReport
+from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Open, Step, Truncate
+
+
+def setup(party: Party) -> PhaseReport:
+    """Draw the mask B of every layer's weights, the same that the server draws."""
+    return party.play({Multiply: _weights}, Batch(0, 0), online=False)
+
+
+def offline(party: Party, size: int) -> PhaseReport:
+    """Make and send the material of one batch."""
+    return party.play(OFFLINE, party.new_batch(size), online=False)
+
+
+def _weights(party: Party, step: Multiply, batch: Batch) -> None:
+    mask = party.streams["server"].open("weights", step.index, 0).ring(step.kernel.weight_shape)
+    party.weights[step.index] = tensor(mask, step.kernel.weight_shape)
+
+
+def _open(party: Party, step: Open, batch: Batch) -> None:
+    shape = (batch.size, *step.wire.shape)
+    mask = party.streams["client"].open("mask", step.index, batch.counter).ring(shape)
+    batch.masks[step.wire.name] = tensor(mask, shape)
+
+
+def _local(party: Party, step: Local, batch: Batch) -> None:
+    if step.masks:
+        batch.masks[step.output.name] = local(step, *(batch.masks[w.name] for w in step.inputs))
+
+
+def _multiply(party: Party, step: Multiply, batch: Batch) -> None:
+    shape = (batch.size, *step.output.shape)
+    product = multiply(step.kernel, party.weights[step.index], batch.masks[step.input.name])
+    product -= tensor(party.streams["server"].open("product", step.index, batch.counter).ring(shape), shape)
+    party.send(step, step.offline[0], batch.size, {"product": words(product)})
+
+
+def _truncate(party: Party, step: Truncate, batch: Batch) -> None:
+    client = party.streams["client"].open("opening", step.index, batch.counter)
+    server = party.streams["server"].open("opening", step.index, batch.counter)
+    size = batch.size * step.input.size
+    r = client.ring(size) + server.ring(size)
+    party.send(step, step.offline[0], batch.size, gates.share_truncation(step, r, client))
+
+
+def _gate(party: Party, step: Gate, batch: Batch) -> None:
+    client = party.streams["client"].open("opening", step.index, batch.counter)
+    server = party.streams["server"].open("opening", step.index, batch.counter)
+    own = party.streams["dealer"].open("opening", step.index, batch.counter)
+    size, comparisons = batch.size * step.opened_size, batch.size * step.drelus
+    r = client.ring(size) + server.ring(size)
+    c = own.bits(comparisons)
+    shares = gates.share_gate(step, r, c, client)
+    bit0 = client.bits(comparisons)
+    roots = client.blocks(comparisons), server.blocks(comparisons)
+    hash_key = own.raw(fss.HASH_KEY_BYTES)
+    key_words, bit1 = fss.gen(
+        gates.mask_points(step, r), c, step.bits, *roots, bit0, hash_key, threads=party.threads
+    )
+    shares |= {"hash_key": np.frombuffer(hash_key, np.uint8), "words": key_words, "bit": bit1}
+    for message in step.offline[:2]:
+        party.send(step, message, batch.size, shares)
+
+
+OFFLINE: Mapping[type[Step], Callable[..., None]] = {
+    Open: _open,
+    Local: _local,
+    Multiply: _multiply,
+    Truncate: _truncate,
+    Gate: _gate,
+}

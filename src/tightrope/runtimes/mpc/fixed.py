@@ -1,0 +1,131 @@
+"""Fixed-point arithmetic in Z_2^64: int64 tensors whose additions and products wrap modulo 2^64.
+
+torch's integer convolution and matmul are exact modulo 2^64 and the fastest measured on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tightrope.program import (
+    Add,
+    AvgPool2d,
+    Concat,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Linear,
+    Op,
+    Pad,
+    Relu,
+    Upsample,
+)
+from tightrope.runtimes.mpc.steps import Local, Multiply, Wire
+
+
+def encode(x: NDArray[Any], scale: int) -> Tensor:
+    """Real -> nearest multiple of 2^-scale, as int64 (|x| * 2^scale must stay below 2^63)."""
+    return torch.from_numpy(np.rint(np.asarray(x, np.float64) * 2.0**scale).astype(np.int64))
+
+
+def decode(ring: Tensor, wire: Wire) -> NDArray[np.float64]:
+    """The real value that both shares of a wire, added, stand for."""
+    real: NDArray[np.float64] = ring.numpy().astype(np.float64) * (2.0**-wire.scale * wire.mu)
+    return real
+
+
+def words(x: Tensor) -> NDArray[np.uint64]:
+    """The same bits as unsigned numpy words, contiguous."""
+    unsigned: NDArray[np.uint64] = np.ascontiguousarray(x.numpy()).view(np.uint64)
+    return unsigned
+
+
+def tensor(x: NDArray[np.uint64], shape: tuple[int, ...]) -> Tensor:
+    """The same bits as an int64 tensor (no copy)."""
+    return torch.from_numpy(x.view(np.int64).reshape(shape))
+
+
+def encode_weights(step: Multiply, tensors: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of a layer in the ring: the input's multiplier goes into the weight."""
+    name = step.kernel.name
+    weight = encode(np.asarray(tensors[f"{name}.weight"], np.float64) * step.input.mu, step.weight_bits)
+    return weight, per_channel(encode(tensors[f"{name}.bias"], step.output.scale), step.output.shape)
+
+
+def multiply(op: Conv2d | Linear, weight: Tensor, x: Tensor) -> Tensor:
+    """The linear layer without bias on (N, *input shape), modulo 2^64."""
+    if isinstance(op, Linear):
+        return x @ weight.T
+    return F.conv2d(F.pad(x, op.padding), weight, None, op.stride, 0, op.dilation, op.groups)
+
+
+def per_channel(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A bias as it adds to a (N, *shape) result."""
+    return bias.reshape(-1, *(1,) * (len(shape) - 1))
+
+
+def window_counts(op: AvgPool2d, size: tuple[int, int]) -> NDArray[np.int64]:
+    """What each output of an average pool is divided by (torch's rule), shape of the output map."""
+    axes = []
+    for length, out, k, s, p in zip(size, op.shape[1:], op.kernel, op.stride, op.padding, strict=True):
+        starts = np.arange(out) * s - p
+        if op.count_padding:
+            axes.append(np.minimum(starts + k, length + p) - starts)
+        else:
+            axes.append(np.minimum(starts + k, length) - np.maximum(starts, 0))
+    return np.outer(axes[0], axes[1]).astype(np.int64)
+
+
+def pool_divisor(op: AvgPool2d | GlobalAvgPool, shape: tuple[int, ...]) -> int:
+    """The number L that every window count divides: an average is a window sum times L / count, over L."""
+    if isinstance(op, GlobalAvgPool):
+        return math.prod(shape[1:])
+    return math.lcm(*(int(v) for v in np.unique(window_counts(op, (shape[1], shape[2])))))
+
+
+def _window_sums(op: AvgPool2d, x: Tensor) -> Tensor:
+    """Sums over the windows, tap by tap, each times the divisor over its own count."""
+    (H, W), (kh, kw), (sh, sw), (ph, pw) = op.shape[1:], op.kernel, op.stride, op.padding
+    size = (x.shape[-2], x.shape[-1])
+    bottom = max(0, (H - 1) * sh + kh - ph - size[0])
+    right = max(0, (W - 1) * sw + kw - pw - size[1])
+    padded = F.pad(x, (pw, right, ph, bottom))
+    total = x.new_zeros((len(x), *op.shape))
+    for i, j in product(range(kh), range(kw)):
+        total += padded[..., i : i + sh * (H - 1) + 1 : sh, j : j + sw * (W - 1) + 1 : sw]
+    counts = window_counts(op, size)
+    if counts.min() < counts.max():
+        total *= torch.from_numpy(pool_divisor(op, (op.shape[0], *size)) // counts)
+    return total
+
+
+def _upsample(op: Upsample, x: Tensor) -> Tensor:
+    return x.repeat_interleave(op.factor[0], -2).repeat_interleave(op.factor[1], -1)
+
+
+LOCAL: dict[type[Op], Callable[..., Tensor]] = {
+    Add: lambda op, x, y: x + y,
+    Concat: lambda op, *xs: torch.cat(xs, 1),
+    AvgPool2d: _window_sums,
+    GlobalAvgPool: lambda op, x: x.sum((2, 3), keepdim=True),
+    Flatten: lambda op, x: x.flatten(1),
+    Pad: lambda op, x: F.pad(x, op.padding),
+    Upsample: _upsample,
+    Relu: lambda op, x: x,  # of identity channels only
+}
+
+
+def local(step: Local, *inputs: Tensor) -> Tensor:
+    """A public linear map of shares, masks or ring values, (N, *shape) each."""
+    scaled = (x if k == 1 else x * k for x, k in zip(inputs, step.factors, strict=True))
+    result: Tensor = LOCAL[type(step.kernel)](step.kernel, *scaled)
+    return result

@@ -1,0 +1,212 @@
+"""The arithmetic of `Truncate` and `Gate`: what the dealer shares, and what client and server make of it.
+
+One opening z + r serves everything: truncation (exact wrap from MSB(r) and the opened MSB, so never a large
+error), the tile sums z_P + r_P that the comparison reads, and the selection b * x by the dealer's shares of
+c and of c times the truncated mask (b = opened bit xor c). Patch ReLU: Gorski and Avidan 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tightrope.program import Relu
+from tightrope.runtimes.mpc import _tiles as kernels
+from tightrope.runtimes.mpc import fss
+from tightrope.runtimes.mpc._halftree import U8, U64
+from tightrope.runtimes.mpc._tiles import I64
+from tightrope.runtimes.mpc.prg import Stream
+from tightrope.runtimes.mpc.steps import Field, Gate, Truncate, Wire, truncation_fields
+
+Shares = dict[str, NDArray[Any]]
+CLIENT, SERVER = 0, 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the gated channels and their tiles are; see `_tiles`."""
+
+    channel: I64  # in the input and the output
+    place: I64  # in the opened maps
+    patch: I64
+    first: I64
+    elements: I64  # of every tile
+
+
+@lru_cache(maxsize=1024)
+def layout(step: Gate) -> Layout:
+    opened = {channel: k for k, channel in enumerate(step.opened)}
+    tiles = [step.kernel.tiles[c] for c in step.gated]
+    patches = np.array([step.kernel.patches[c] for c in step.gated], np.int64).reshape(-1, 2)
+    first = np.concatenate([[0], np.cumsum(tiles)[:-1]]).astype(np.int64)
+    places = np.array([opened[c] for c in step.gated], np.int64)
+    _, H, W = step.map_shape
+    elements = np.zeros((1, step.tiles), np.uint64)
+    ones = np.ones((1, len(opened), H, W), np.uint64)
+    kernels.tile_sums(ones, places, patches, first, elements)
+    return Layout(np.array(step.gated, np.int64), places, patches, first, elements[0].astype(np.int64))
+
+
+def draw(stream: Stream, field: Field, batch: int) -> NDArray[Any]:
+    """A party's part of a dealer's sharing: uniform words, half-words or bits."""
+    count = field.items(batch)
+    if field.unit == "bit":
+        return stream.bits(count)
+    if field.unit == "half":
+        out = np.empty(4 * count, np.uint8)
+        stream.fill(out)
+        return out.view(np.uint32)
+    return stream.ring(count)
+
+
+def share_truncation(step: Truncate, r: U64, client: Stream) -> Shares:
+    """The server's shares of r >> shift and MSB(r); the client's come from `client`."""
+    trunc, wrap = truncation_fields(step.input.size, step.shift)
+    batch = r.size // step.input.size
+    return {
+        "trunc": (r >> np.uint64(step.shift)) - draw(client, trunc, batch),
+        "wrap": _minus(r >> np.uint64(63), draw(client, wrap, batch)),
+    }
+
+
+def _minus(secret: U64, share: NDArray[Any]) -> NDArray[Any]:
+    """secret - share modulo 2^32 or 2^64, as the share's type says."""
+    difference: NDArray[Any] = secret.astype(share.dtype) - share
+    return difference
+
+
+def share_gate(step: Gate, r: U64, c: U8, client: Stream) -> Shares:
+    """The server's shares of everything in `step.share_fields` but the comparison's bit.
+
+    r: uint64[N * opened_size] masks of the opening; c: uint8[thresholds * N * tiles] masks of the bits.
+    The client's parts are drawn from `client`, in the order of the fields.
+    """
+    at = layout(step)
+    _, H, W = step.map_shape
+    N = r.size // step.opened_size
+    K = len(step.thresholds)
+    value = {"trunc": r >> np.uint64(step.shift) if step.shift else r, "wrap": r >> np.uint64(63)}
+    choices = c.reshape(K, N, step.tiles)
+
+    def product(name: str) -> U64:
+        out = np.empty((K, N, len(step.gated), H, W), np.uint64)
+        maps = value[name].reshape(N, len(step.opened), H, W)
+        for k in range(K):
+            kernels.spread(maps, choices[k], at.place, at.patch, at.first, out[k])
+        return out.reshape(-1)
+
+    shares: Shares = {}
+    for field in step.share_fields[:-1]:
+        name = field.name.removeprefix("choice_")
+        secret = c if field.name == "choice" else value[name] if name == field.name else product(name)
+        shares[field.name] = _minus(secret.astype(np.uint64, copy=False), draw(client, field, N))
+    return shares
+
+
+def tile_sums(step: Gate, x: U64) -> U64:
+    """Sums over the tiles of opened maps (uint64[N * opened_size]) modulo 2^64, uint64[N, tiles]."""
+    at = layout(step)
+    _, H, W = step.map_shape
+    maps = x.reshape(-1, len(step.opened), H, W)
+    sums = np.zeros((len(maps), step.tiles), np.uint64)
+    kernels.tile_sums(maps, at.place, at.patch, at.first, sums)
+    return sums
+
+
+def mask_points(step: Gate, r: U64) -> U64:
+    """The masks of the comparisons, r_P >> shift, per threshold and tile: uint64[thresholds * N * tiles]."""
+    sums = tile_sums(step, r) >> np.uint64(step.shift)
+    return np.tile(sums.reshape(-1), len(step.thresholds))
+
+
+def compared_points(step: Gate, opened: U64) -> U64:
+    """The public side of the comparisons [sum > threshold * elements], as `mask_points`.
+
+    One unit of the compared value (2^shift) is subtracted for the strict comparison: the subtraction of two
+    shifted values may carry, so a sum up to that far above the threshold may count as not above it; a sum at
+    or below it never counts as above.
+    """
+    sums = tile_sums(step, opened)
+    elements = layout(step).elements
+    parts = []
+    for threshold in step.thresholds:
+        limit = np.array([(threshold * int(k) + (1 << step.shift)) % 2**64 for k in elements], np.uint64)
+        parts.append(((sums - limit) >> np.uint64(step.shift)).reshape(-1))
+    return np.concatenate(parts)
+
+
+def truncate(party: int, opened: U64, shares: Shares, shift: int) -> U64:
+    """A party's share of the truncated value, uint64 like `opened` (flat)."""
+    out = np.empty_like(opened)
+    kernels.truncated(opened, shares["trunc"], shares["wrap"], shift, party, out)
+    return out
+
+
+def select(party: int, step: Gate, opened: U64, z: U64, shares: Shares, bits: U8) -> U64:
+    """A party's share of the gated maps, uint64[N, C, H, W].
+
+    opened: z + r of the opened channels; z: the party's share of the whole input (N, C, H, W); bits: the
+    opened b xor c, uint8[thresholds * N * tiles].
+    """
+    at = layout(step)
+    C, H, W = step.map_shape
+    N, K = len(z), len(step.thresholds)
+    maps = opened.reshape(N, len(step.opened), H, W)
+    if step.shift:
+        x = truncate(party, opened, shares, step.shift).reshape(maps.shape)
+    else:
+        x = np.ascontiguousarray(z[:, list(step.opened)])
+    out = np.zeros((N, C, H, W), np.uint64)
+    identity = [c for c in range(C) if step.kernel.patches[c] == (0, 0)]
+    out[:, identity] = x[:, identity] if step.shift else z[:, identity]
+    grid = (K, N, len(step.gated), H, W)
+    choice = shares["choice"].reshape(K, N, step.tiles)
+    product = shares["choice_trunc"].reshape(grid)
+    wrap = shares["choice_wrap"].reshape(grid) if step.shift else product
+    opened_bits = bits.reshape(K, N, step.tiles)
+    for k in range(K):
+        kernels.selected(
+            maps, x, opened_bits[k], choice[k], product[k], wrap[k], step.shift, k > 0,
+            at.place, at.patch, at.first, at.channel, out,
+        )  # fmt: skip
+    if K > 1:
+        _add_clipped(step, party, choice[-1], opened_bits[-1], out)
+    return out
+
+
+def _add_clipped(step: Gate, party: int, choice: U64, bits: U8, out: U64) -> None:
+    """Add upper * b for the tiles above the clip, b = bit xor c: c where the bit is 0, else 1 - c."""
+    at = layout(step)
+    b = np.where(bits == 1, np.uint64(party) - choice, choice) * np.uint64(step.upper)
+    maps = np.empty((len(out), len(step.gated), *out.shape[2:]), np.uint64)
+    kernels.repeated(b, at.patch, at.first, maps)
+    out[:, at.channel] += maps
+
+
+def evaluate_bits(party: int, step: Gate, opened: U64, root: U64, shares: Shares, threads: int) -> U8:
+    """A party's shares of (b xor c) for every comparison, with the key in `shares`: words, bit, hash_key."""
+    points = compared_points(step, opened)
+    key_words = shares["words"].reshape(-1, points.size, 2)
+    key = shares["hash_key"].tobytes()
+    return fss.evaluate(party, points, step.bits, root, key_words, shares["bit"], key, threads=threads)
+
+
+def load_kernels() -> None:
+    """Run every compiled loop once on a gate of one element, so that no batch waits for the compiler."""
+    relu = Relu(name="", inputs=("",), shape=(1, 1, 1), patches=((1, 1),), upper=1.0)
+    wire = Wire("", relu.shape, 44, 1.0, 1.0, static=False)
+    step = Gate(index=0, op="", kernel=relu, input=wire, output=wire, shift=22, bits=20, thresholds=(0, 1))
+    stream = Stream(bytes(32))  # a fixed key: nothing secret is here
+    r = stream.ring(1)
+    bits = np.zeros(2, np.uint8)
+    roots = stream.blocks(2)
+    shares = share_gate(step, r, bits, stream)
+    shares["hash_key"] = np.zeros(fss.HASH_KEY_BYTES, np.uint8)
+    key = shares["hash_key"].tobytes()
+    shares["words"], shares["bit"] = fss.gen(mask_points(step, r), bits, step.bits, roots, roots, bits, key)
+    evaluate_bits(CLIENT, step, r, roots, shares, 1)
+    select(CLIENT, step, r, r.reshape(1, 1, 1, 1), shares, bits)

@@ -1,0 +1,207 @@
+"""What all three parties do alike: handshake, typed frames, phases step by step with time and rounds."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tightrope.errors import ProtocolError
+from tightrope.program import Program
+from tightrope.runtimes.mpc import fss
+from tightrope.runtimes.mpc.channel import Channel, Clock
+from tightrope.runtimes.mpc.config import MPC
+from tightrope.runtimes.mpc.keys import KeyExchange, Role
+from tightrope.runtimes.mpc.prg import SEED_BYTES, Streams
+from tightrope.runtimes.mpc.schedule import MASK, Schedule
+from tightrope.runtimes.mpc.steps import Field, Message, Step, Tag, Unit
+from tightrope.types import Json
+
+PROTOCOL_VERSION = 1
+MAX_HELLO_BYTES = 4096
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass
+class Batch:
+    """One batch on its way: shares of wires, masks of opened wires, one-time material by step.
+
+    `counter` numbers the batches of a session from 1; 0 is the setup.
+    """
+
+    size: int
+    counter: int
+    wires: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    material: dict[int, Any] = field(default_factory=dict)
+    result: Tensor | None = None  # the revealed ring values, at the client
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What one party spent in one phase.
+
+    `rounds`: its Lamport clock after each step; `sent`: bytes by (receiver, step); `milliseconds` and
+    `drelus` by Program op.
+    """
+
+    sent: Mapping[tuple[Role, int], int]
+    rounds: tuple[int, ...]
+    milliseconds: Mapping[str, float]
+    drelus: Mapping[str, int]
+    elapsed_ms: float
+
+
+@dataclass
+class Party:
+    """A party after the handshake.
+
+    `streams` holds the pairwise randomness, and under its own role the party's private one. `beat` is called
+    after every step, so that an observer sees that the party is alive.
+    """
+
+    role: Role
+    program: Program
+    schedule: Schedule
+    config: MPC
+    channels: Mapping[Role, Channel]
+    clock: Clock
+    streams: Mapping[Role, Streams]
+    threads: int
+    beat: Callable[[], None]
+    weights: dict[int, Tensor] = field(default_factory=dict)  # by step: client F, server W, dealer B
+    biases: dict[int, Tensor] = field(default_factory=dict)  # the server's
+    drelus: dict[str, int] = field(default_factory=dict)
+    counter: int = 0
+
+    def send(self, step: Step, message: Message, batch: int, values: Mapping[str, NDArray[Any]]) -> None:
+        """Send a message of the schedule; bits are packed here."""
+        parts = []
+        for f in message.fields:
+            value = values[f.name]
+            part = fss.pack_bits(value) if f.unit == "bit" else value
+            if part.nbytes != f.bytes(batch):
+                raise ProtocolError(
+                    f"`{f.name}` is not as long as the schedule says",
+                    where=f"{self.role}, step {step.index} ({step.op})",
+                    got=f"{part.nbytes} bytes",
+                    allowed=f"{f.bytes(batch)} bytes",
+                )
+            parts.append(part)
+        self.channels[message.receiver].send(step.index, message.tag, *parts)
+
+    def receive(self, step: Step, message: Message, batch: int) -> Arrays:
+        """The fields of a message of the schedule, flat; bits unpacked, blocks as pairs of words."""
+        arrays = {f.name: _empty(f, batch) for f in message.fields}
+        self.channels[message.sender].recv_into(step.index, message.tag, *arrays.values())
+        bits = {f.name: f.items(batch) for f in message.fields if f.unit == "bit"}
+        return arrays | {name: fss.unpack_bits(arrays[name], count) for name, count in bits.items()}
+
+    def new_batch(self, size: int) -> Batch:
+        """A batch under a number that no earlier one of this session had; the same at all parties."""
+        self.counter += 1
+        return Batch(size, self.counter)
+
+    def play(
+        self, handlers: Mapping[type[Step], Callable[..., None]], batch: Batch, *, online: bool
+    ) -> PhaseReport:
+        """Run every step that has a handler, then wait until all frames have left."""
+        self.drelus = {}
+        spent: dict[str, float] = {}
+        rounds = []
+        start = time.perf_counter()
+        for step in self.schedule.steps:
+            handler = handlers.get(type(step))
+            if handler is not None:
+                before = time.perf_counter()
+                handler(self, step, batch)
+                spent[step.op] = spent.get(step.op, 0.0) + (time.perf_counter() - before) * 1e3
+            for name in self.schedule.finished[step.index]:
+                if name.startswith(MASK):
+                    batch.masks.pop(name.removeprefix(MASK), None)
+                elif online:  # shares made offline are still needed online
+                    batch.wires.pop(name, None)
+            rounds.append(self.clock.round)
+            self.beat()
+        for channel in self.channels.values():
+            channel.flush(self.config.timeout_s)
+        elapsed_ms = (time.perf_counter() - start) * 1e3
+        return PhaseReport(self.sent(), tuple(rounds), spent, dict(self.drelus), elapsed_ms)
+
+    def sent(self) -> dict[tuple[Role, int], int]:
+        """Bytes sent since the last call, by receiver and step, without the hellos."""
+        traffic = {peer: channel.traffic.take() for peer, channel in self.channels.items()}
+        sent: dict[tuple[Role, int], int] = {}
+        for peer, counts in traffic.items():
+            for (step, tag), count in counts.sent.items():
+                if tag != Tag.HELLO:
+                    sent[peer, step] = sent.get((peer, step), 0) + count.bytes
+        return sent
+
+    def close(self) -> None:
+        for channel in self.channels.values():
+            channel.close()
+
+
+DTYPES: dict[Unit, type[np.unsignedinteger[Any]]] = {
+    "byte": np.uint8,
+    "block": np.uint64,
+    "word": np.uint64,
+    "half": np.uint32,
+    "bit": np.uint8,
+}
+
+
+def _empty(f: Field, batch: int) -> NDArray[Any]:
+    """Room for a field as it is on the wire (bits still packed)."""
+    dtype = DTYPES[f.unit]
+    return np.empty(f.bytes(batch) // np.dtype(dtype).itemsize, dtype)
+
+
+def introduce(
+    role: Role, channels: Mapping[Role, Channel], session: bytes, program: Program, config: MPC
+) -> dict[Role, Streams]:
+    """Compare with every peer what all must agree on, and agree on pairwise seeds (X25519).
+
+    Returns the streams shared with each peer, and under `role` private ones. Raises ProtocolError, with both
+    values, at the first thing that differs: protocol version, session, program or configuration.
+    """
+    own = {
+        "protocol version": PROTOCOL_VERSION,
+        "session": session.hex(),
+        "program": program.sha256(),
+        **config.agreed(),
+    }
+    exchanges = {peer: KeyExchange() for peer in channels}
+    for peer, channel in channels.items():
+        hello = {"agreed": own, "key": exchanges[peer].public.hex()}
+        channel.send(0, Tag.HELLO, json.dumps(hello).encode())
+    streams = {role: Streams(secrets.token_bytes(SEED_BYTES), session)}
+    for peer, channel in channels.items():
+        theirs, key = _read_hello(peer, channel.recv_bounded(0, Tag.HELLO, MAX_HELLO_BYTES))
+        for name in own.keys() | theirs.keys():
+            if own.get(name) != theirs.get(name):
+                raise ProtocolError(
+                    f"{peer} and {role} disagree about the {name}",
+                    where=role,
+                    got=theirs.get(name),
+                    allowed=own.get(name),
+                    fix="give all parties the same program, configuration and release",
+                )
+        streams[peer] = Streams(exchanges[peer].seed(key, role, peer, session), session)
+    return streams
+
+
+def _read_hello(peer: Role, data: bytes) -> tuple[dict[str, Json], bytes]:
+    try:
+        hello = json.loads(data)
+        return dict(hello["agreed"]), bytes.fromhex(hello["key"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError("a hello that cannot be read", where=f"from {peer}", got=str(error)) from error

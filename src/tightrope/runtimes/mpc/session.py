@@ -1,0 +1,175 @@
+"""A session: the parties started, the weights shared once, then batch after batch."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tightrope.errors import InputError, ProtocolError
+from tightrope.program import Program
+from tightrope.runtimes.mpc.config import MPC
+from tightrope.runtimes.mpc.cost import Costs, joined, pieces, structural
+from tightrope.runtimes.mpc.keys import Role
+from tightrope.runtimes.mpc.party import PhaseReport
+from tightrope.runtimes.mpc.prg import SESSION_BYTES
+from tightrope.runtimes.mpc.processes import ProcessTeam
+from tightrope.runtimes.mpc.schedule import Schedule, compile_program
+from tightrope.runtimes.mpc.team import LocalTeam, Reply, Team, threads_of
+from tightrope.types import Cost, Measurement, OpTrace, total
+
+MODES: Mapping[str, type[LocalTeam] | type[ProcessTeam]] = {"simulate": LocalTeam, "execute": ProcessTeam}
+Reports = Mapping[Role, PhaseReport]
+
+
+def open_session(program: Program, config: MPC, mode: Literal["simulate", "execute"]) -> MPCSession:
+    """See `MPC.open`."""
+    if mode not in MODES:
+        raise InputError("unknown mode", where="mpc", got=mode, allowed=", ".join(MODES))
+    schedule = compile_program(program, config)
+    team = MODES[mode](program, config, secrets.token_bytes(SESSION_BYTES))
+    try:
+        replies = team.call("setup", 0)
+    except BaseException:
+        team.close()
+        raise
+    return MPCSession(program.public(), config, mode, schedule, team, _links(_reports(replies)))
+
+
+class MPCSession:
+    """A context manager that owns the parties. `setup_links`: what sharing the weights took, once, in bytes.
+
+    Whoever calls `run` plays the client, and here also started the server: on one machine, one user sees both
+    the image and the weights. What the processes of the three parties see is what the protocol gives them.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        config: MPC,
+        mode: str,
+        schedule: Schedule,
+        team: Team,
+        setup_links: Mapping[str, int],
+    ) -> None:
+        self.program = program
+        self.config = config
+        self.mode = mode
+        self.setup_links = dict(setup_links)
+        self._schedule = schedule
+        self._team = team
+
+    def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
+        """(N, *input_shape) -> (N, *output shape), what the client learns, and what all of it cost.
+
+        Per op, online_ms is the client's time, waiting included, and offline_ms the dealer's.
+
+        Raises InputError for an input of another shape, not finite, or beyond its calibrated range times the
+        margin; ProtocolError, naming the party and the phase, if one fails. After that the session is closed.
+        """
+        x = np.ascontiguousarray(x, np.float64)
+        self.program.check_input(x)
+        largest, limit = float(np.abs(x).max()), self._schedule.input.limit
+        if largest > limit:
+            raise InputError(
+                "the input is far larger than the calibration data, so later values could overflow the ring",
+                got=f"{largest:.4g}",
+                allowed=f"{limit:.4g} (range times margin)",
+                fix="normalise the input as in training, or calibrate with such data",
+            )
+        outputs, spent, start = [], [], 0
+        for size in pieces(self.program, self._schedule, self.config, len(x)):
+            offline = self._team.call("offline", size)
+            online = self._team.call("online", size, x[start : start + size])
+            start += size
+            y = online["client"][1]
+            if y is None:
+                raise ProtocolError("the client has no result", where="client")
+            outputs.append(y)
+            spent.append(self._spent(size, _reports(offline), _reports(online)))
+        return np.concatenate(outputs), self._measurement(len(x), joined(spent))
+
+    def _spent(self, batch: int, offline: Reports, online: Reports) -> Costs:
+        """What the parties counted, as `cost.costs` predicts it."""
+        ops = {op.name: structural(self.program, op.name, batch) for op in self.program.ops}
+        ops.setdefault(self._schedule.output.name, Cost())
+        before = 0
+        for step in self._schedule.steps:
+            rounds = max(report.rounds[step.index] for report in online.values())
+            ops[step.op] += Cost(
+                online_bytes=_bytes(online, step.index),
+                offline_bytes=_bytes(offline, step.index),
+                rounds=rounds - before,
+            )
+            before = rounds
+        client, dealer = online["client"], offline["dealer"]
+        for name, cost in ops.items():
+            ops[name] = replace(
+                cost,
+                drelus=client.drelus.get(name, 0),
+                online_ms=client.milliseconds.get(name, 0.0),
+                offline_ms=dealer.milliseconds.get(name, 0.0),
+            )
+        whole = replace(
+            total(ops.values()),
+            online_ms=client.elapsed_ms,
+            offline_ms=max(report.elapsed_ms for report in offline.values()),
+        )
+        return Costs(ops, whole, _links(online), _links(offline), {})
+
+    def _measurement(self, batch: int, spent: Costs) -> Measurement:
+        kinds = {op.name: op.kind for op in self.program.ops}
+        return Measurement(
+            runtime="mpc",
+            batch=batch,
+            ops=tuple(
+                OpTrace(name, kinds.get(name, Program.INPUT), cost) for name, cost in spent.ops.items()
+            ),
+            total=spent.total,
+            links=spent.links,
+            offline_links=spent.offline_links,
+            setup_links=self.setup_links,
+            config=asdict(self.config),
+            peak_memory_bytes=self._team.peak_memory_bytes(),
+            host={
+                "mode": self.mode,
+                "system": platform.platform(),
+                "python": platform.python_version(),
+                "threads_per_party": threads_of(self.config),
+            },
+        )
+
+    def close(self) -> None:
+        """Stop the parties and wait until they are gone. Can be called again."""
+        self._team.close()
+
+    def __enter__(self) -> MPCSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _reports(replies: Mapping[Role, Reply]) -> Reports:
+    return {role: report for role, (report, _) in replies.items()}
+
+
+def _bytes(reports: Reports, step: int) -> int:
+    return sum(count for r in reports.values() for (_, index), count in r.sent.items() if index == step)
+
+
+def _links(reports: Reports) -> dict[str, int]:
+    links: dict[str, int] = {}
+    for sender, report in reports.items():
+        for (receiver, _), count in report.sent.items():
+            name = f"{sender}->{receiver}"
+            links[name] = links.get(name, 0) + count
+    return links

@@ -1,0 +1,304 @@
+"""What the parties do, step by step, and every message they send: public, the same for all three.
+
+A wire is a value that client and server hold as additive shares in Z_2^64; what it stands for is
+ring * 2^-scale * mu. A wire X that was opened to the server has a mask: the client and the dealer hold the
+one-time A, the server X - A. Public linear maps of wires apply to their masks just the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Literal
+
+from tightrope.program import Conv2d, Linear, Op, Relu
+from tightrope.runtimes.mpc.fss import HASH_KEY_BYTES, word_levels
+from tightrope.runtimes.mpc.keys import Role
+
+Phase = Literal["setup", "offline", "online"]
+Unit = Literal["byte", "block", "word", "half", "bit"]
+UNIT_BITS: dict[Unit, int] = {"byte": 8, "block": 128, "word": 64, "half": 32, "bit": 1}
+HALF_BITS = UNIT_BITS["half"]
+
+
+@dataclass(frozen=True)
+class Wire:
+    """`limit`: the largest calibrated magnitude of the value; `static`: the client's share does not depend on
+    the input of this inference, so the client knows it before the online phase."""
+
+    name: str
+    shape: tuple[int, ...]
+    scale: int
+    mu: float
+    limit: float
+    static: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def ring_limit(self) -> float:
+        """The calibrated magnitude in units of the ring."""
+        return self.limit / self.mu * 2.0**self.scale
+
+
+@dataclass(frozen=True)
+class Field:
+    """`count` units per sample, or in all if `fixed`."""
+
+    name: str
+    unit: Unit
+    count: int
+    fixed: bool = False
+
+    def items(self, batch: int) -> int:
+        return self.count * (1 if self.fixed else batch)
+
+    def bytes(self, batch: int) -> int:
+        return -(-self.items(batch) * UNIT_BITS[self.unit] // 8)
+
+
+class Tag(IntEnum):
+    """What a frame holds, as its header says."""
+
+    HELLO = 1
+    WEIGHTS = 2
+    PRODUCT = 3
+    MATERIAL = 4
+    OPENED = 5
+    MASKED = 6
+    BITS = 7
+    RESULT = 8
+
+
+@dataclass(frozen=True)
+class Message:
+    """One frame; its fields follow one another."""
+
+    phase: Phase
+    tag: Tag
+    sender: Role
+    receiver: Role
+    fields: tuple[Field, ...]
+
+    def payload_bytes(self, batch: int) -> int:
+        return sum(f.bytes(batch) for f in self.fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Abstract. `op` is the Program op that the step is accounted to, `index` its place in the schedule."""
+
+    index: int
+    op: str
+
+    @property
+    def setup(self) -> tuple[Message, ...]:
+        return ()
+
+    @property
+    def offline(self) -> tuple[Message, ...]:
+        return ()
+
+    @property
+    def online(self) -> tuple[tuple[Message, ...], ...]:
+        """Exchanges in order; the messages of one are sent before any of them is awaited."""
+        return ()
+
+    @property
+    def drelus(self) -> int:
+        """Per sample."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Step):
+    """A public linear map of the inputs, each first multiplied by its integer factor; of masks if `masks`."""
+
+    kernel: Op
+    inputs: tuple[Wire, ...]
+    output: Wire
+    factors: tuple[int, ...]
+    masks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open(Step):
+    """The client sends X0 - A, so the server has X - A: any number of linear layers can read the wire."""
+
+    wire: Wire
+
+    @property
+    def online(self) -> tuple[tuple[Message, ...], ...]:
+        opened = Field("opened", "word", self.wire.size)
+        return ((Message("online", Tag.OPENED, "client", "server", (opened,)),),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multiply(Step):
+    """The server's linear layer on an opened wire (one-sided Beaver product), weights with `weight_bits`.
+
+    Setup: F = W - B to the client, B known to the dealer. Offline: the dealer's C0 = A*B - C1 to the client.
+    """
+
+    kernel: Conv2d | Linear
+    input: Wire
+    output: Wire
+    weight_bits: int
+
+    @property
+    def setup(self) -> tuple[Message, ...]:
+        weights = Field("weights", "word", math.prod(self.kernel.weight_shape), fixed=True)
+        return (Message("setup", Tag.WEIGHTS, "server", "client", (weights,)),)
+
+    @property
+    def offline(self) -> tuple[Message, ...]:
+        product = Field("product", "word", self.output.size)
+        return (Message("offline", Tag.PRODUCT, "dealer", "client", (product,)),)
+
+
+def exchange(tag: Tag, field: Field) -> tuple[Message, Message]:
+    """Client and server send each other the same field at the same time."""
+    return (
+        Message("online", tag, "client", "server", (field,)),
+        Message("online", tag, "server", "client", (field,)),
+    )
+
+
+def masked_opening(static: bool, size: int) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """(offline, online) messages that open z + r: a static share of the client's goes ahead of time."""
+    to_server, to_client = exchange(Tag.MASKED, Field("masked", "word", size))
+    if static:
+        return (replace(to_server, phase="offline"),), (to_client,)
+    return (), (to_server, to_client)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncate(Step):
+    """Drop `shift` low bits by a masked opening: floor, or floor + 1 with probability of the dropped part."""
+
+    input: Wire
+    output: Wire
+    shift: int
+
+    @property
+    def offline(self) -> tuple[Message, ...]:
+        opening, _ = masked_opening(self.input.static, self.input.size)
+        shares = truncation_fields(self.input.size, self.shift)
+        return (Message("offline", Tag.MATERIAL, "dealer", "server", shares), *opening)
+
+    @property
+    def online(self) -> tuple[tuple[Message, ...], ...]:
+        return (masked_opening(self.input.static, self.input.size)[1],)
+
+
+def wrap_unit(shift: int) -> Unit:
+    """The wrap bit counts in multiples of 2^(64 - shift), so its shares need `shift` bits only."""
+    return "half" if shift <= HALF_BITS else "word"
+
+
+def truncation_fields(size: int, shift: int) -> tuple[Field, ...]:
+    """Shares of r >> shift and of MSB(r) for `size` elements; nothing where nothing is dropped (u = r)."""
+    return (Field("trunc", "word", size), Field("wrap", wrap_unit(shift), size)) if shift else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Step):
+    """Truncation and ReLU with patches from one opening, then one opened bit per comparison.
+
+    The sum of a tile is compared with each of `thresholds` (units of the input's ring) times its elements:
+    (0,) for ReLU, (0, upper) for ReLU6; it loses `shift` low bits first, and `bits` are compared. `upper` is
+    the clip in units of the output.
+    """
+
+    kernel: Relu
+    input: Wire
+    output: Wire
+    shift: int
+    bits: int
+    thresholds: tuple[int, ...]
+    upper: int = 0
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        shape = self.kernel.shape
+        return (shape[0], shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1, 1)
+
+    @property
+    def gated(self) -> tuple[int, ...]:
+        """Channels that are not the identity."""
+        return tuple(c for c, patch in enumerate(self.kernel.patches) if patch != (0, 0))
+
+    @property
+    def opened(self) -> tuple[int, ...]:
+        """Channels in the opening: an identity channel only needs it to be truncated."""
+        return tuple(range(len(self.kernel.patches))) if self.shift else self.gated
+
+    @property
+    def opened_size(self) -> int:
+        return len(self.opened) * math.prod(self.map_shape[1:])
+
+    @property
+    def gated_size(self) -> int:
+        return len(self.gated) * math.prod(self.map_shape[1:])
+
+    @property
+    def tiles(self) -> int:
+        return sum(self.kernel.tiles)
+
+    @property
+    def drelus(self) -> int:
+        return self.tiles * len(self.thresholds)
+
+    @property
+    def key_fields(self) -> tuple[Field, ...]:
+        """What both parties need of the comparison keys (their roots come from their streams)."""
+        words = Field("words", "block", word_levels(self.bits) * self.drelus)
+        return (Field("hash_key", "byte", HASH_KEY_BYTES, fixed=True), words)
+
+    @property
+    def share_fields(self) -> tuple[Field, ...]:
+        """What the dealer shares: the client draws its part from its stream, the server is sent the rest.
+
+        Truncation of every opened element; with c the output mask of a comparison: c, c * (r >> shift) and
+        c * MSB(r) (c * r where nothing is truncated); the constant bit of the comparison key.
+        """
+        products = self.gated_size * len(self.thresholds)
+        plain = truncation_fields(self.opened_size, self.shift)
+        fields = (
+            *plain[:1],
+            Field("choice_trunc", "word", products),
+            Field("choice", "word", self.drelus),
+            *plain[1:],
+            *((Field("choice_wrap", wrap_unit(self.shift), products),) if self.shift else ()),
+            Field("bit", "bit", self.drelus),
+        )
+        return fields
+
+    @property
+    def offline(self) -> tuple[Message, ...]:
+        opening, _ = masked_opening(self.input.static, self.opened_size)
+        return (
+            Message("offline", Tag.MATERIAL, "dealer", "client", self.key_fields),
+            Message("offline", Tag.MATERIAL, "dealer", "server", self.key_fields + self.share_fields),
+            *opening,
+        )
+
+    @property
+    def online(self) -> tuple[tuple[Message, ...], ...]:
+        bits = exchange(Tag.BITS, Field("bits", "bit", self.drelus))
+        return (masked_opening(self.input.static, self.opened_size)[1], bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reveal(Step):
+    """The server sends its share of the result to the client."""
+
+    wire: Wire
+
+    @property
+    def online(self) -> tuple[tuple[Message, ...], ...]:
+        result = Field("result", "word", self.wire.size)
+        return ((Message("online", Tag.RESULT, "server", "client", (result,)),),)

@@ -1,0 +1,200 @@
+"""Execute a Program in the clear. Every other runtime is compared with this one, op by op."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tightrope.nn.block_relu import BlockReLU
+from tightrope.program import (
+    OPS,
+    Add,
+    AvgPool2d,
+    Concat,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    HardSigmoid,
+    HardSwish,
+    Linear,
+    MaxPool2d,
+    Mul,
+    Op,
+    Pad,
+    Program,
+    Relu,
+    Sigmoid,
+    Silu,
+    Upsample,
+    base_cost,
+)  # fmt: skip
+from tightrope.types import Cost, Measurement, OpTrace, total
+
+Weights = tuple[Tensor, Tensor]
+
+
+def _conv(op: Any, w: Weights, x: Tensor) -> Tensor:
+    x = F.pad(x, op.padding)
+    if op.groups == op.in_channels == op.shape[0]:
+        return _depthwise(op, w, x)
+    return F.conv2d(x, w[0], w[1], op.stride, 0, op.dilation, op.groups)
+
+
+def _depthwise(op: Any, w: Weights, x: Tensor) -> Tensor:
+    """Tap by tap: torch's float64 convolution takes one group at a time."""
+    (H, W), (sh, sw), (dh, dw) = op.shape[1:], op.stride, op.dilation
+    y = w[1][:, None, None].expand(len(x), *op.shape).clone()
+    for i in range(op.kernel[0]):
+        for j in range(op.kernel[1]):
+            rows, columns = (
+                slice(i * dh, i * dh + sh * (H - 1) + 1, sh),
+                slice(j * dw, j * dw + sw * (W - 1) + 1, sw),
+            )
+            y.addcmul_(x[:, :, rows, columns], w[0][:, :, i, j, None])
+    return y
+
+
+def _relu(op: Any, w: Weights, x: Tensor) -> Tensor:
+    if all(patch == (1, 1) for patch in op.patches):
+        return x.clamp(min=0, max=op.upper)
+    result: Tensor = BlockReLU(op.patches, op.upper)(x)
+    return result
+
+
+def _avg_pool(op: Any, w: Weights, x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, op.kernel, op.stride, op.padding, op.ceil_mode, op.count_padding)
+
+
+def _upsample(op: Any, w: Weights, x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=op.factor, mode=op.mode)
+
+
+EXECUTE: dict[type[Op], Callable[..., Tensor]] = {
+    Conv2d: _conv,
+    Linear: lambda op, w, x: F.linear(x, w[0], w[1]),
+    Add: lambda op, w, x, y: x + y,
+    Mul: lambda op, w, x, y: x * y,
+    Concat: lambda op, w, *xs: torch.cat(xs, 1),
+    AvgPool2d: _avg_pool,
+    GlobalAvgPool: lambda op, w, x: x.mean((2, 3), keepdim=True),
+    MaxPool2d: lambda op, w, x: F.max_pool2d(x, op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode),
+    Relu: _relu,
+    Sigmoid: lambda op, w, x: x.sigmoid(),
+    HardSigmoid: lambda op, w, x: F.hardsigmoid(x),
+    Silu: lambda op, w, x: F.silu(x),
+    HardSwish: lambda op, w, x: F.hardswish(x),
+    Pad: lambda op, w, x: F.pad(x, op.padding),
+    Upsample: _upsample,
+    Flatten: lambda op, w, x: x.flatten(1),
+}
+
+
+def evaluate(
+    program: Program, x: Tensor, seen: Callable[[Op, Tensor, float], object] = lambda *_: None
+) -> Tensor:
+    """Run on (N, *input_shape) in float64; `seen(op, value, ms)` is called after each op.
+
+    Values are freed as soon as no later op reads them.
+    """
+    last_use = {value: k for k, op in enumerate(program.ops) for value in op.inputs}
+    values = {Program.INPUT: x.double()}
+    with torch.no_grad():
+        for k, op in enumerate(program.ops):
+            start = time.perf_counter()
+            weights = [program.tensors.get(f"{op.name}.{part}") for part in ("weight", "bias")]
+            w = [torch.from_numpy(np.asarray(t)).double() for t in weights if t is not None]
+            values[op.name] = EXECUTE[type(op)](op, w, *(values[i] for i in op.inputs))
+            seen(op, values[op.name], (time.perf_counter() - start) * 1e3)
+            for value in op.inputs:
+                if last_use[value] == k and value != program.output:
+                    values.pop(value, None)
+    return values[program.output]
+
+
+def ranges(program: Program, batches: Iterable[Tensor]) -> Program:
+    """The program with, per value, the largest magnitude over `batches` (calibration data).
+
+    For a ReLU with patches the largest tile sum counts too, recorded as `NAME:tiles`.
+    """
+    largest: dict[str, float] = {}
+
+    def note(name: str, value: Tensor) -> None:
+        largest[name] = max(largest.get(name, 0.0), float(value.abs().max()))
+
+    for x in batches:
+        values: dict[str, Tensor] = {}
+
+        def seen(op: Op, value: Tensor, ms: float, values: dict[str, Tensor] = values) -> None:
+            note(op.name, value)
+            if isinstance(op, Relu):
+                note(f"{op.name}:tiles", _tile_sums(op, values[op.inputs[0]]))
+            values[op.name] = value
+
+        values[Program.INPUT] = x.double()
+        note(Program.INPUT, x)
+        evaluate(program, x, seen)
+    return replace(program, ranges=largest)
+
+
+def _tile_sums(op: Relu, x: Tensor) -> Tensor:
+    x = x[:, :, None, None] if x.dim() == 2 else x
+    largest = torch.zeros((), dtype=x.dtype)
+    for patch in sorted(set(op.patches) - {(0, 0)}):
+        part = x[:, [c for c, p in enumerate(op.patches) if p == patch]]
+        H, W = part.shape[-2:]
+        padded = F.pad(part, (0, -W % patch[1], 0, -H % patch[0]))
+        sums = F.avg_pool2d(padded, patch, divisor_override=1)
+        largest = torch.maximum(largest, sums.abs().max())
+        if op.upper is not None:
+            shifted = F.pad(part - op.upper, (0, -W % patch[1], 0, -H % patch[0]))
+            largest = torch.maximum(largest, F.avg_pool2d(shifted, patch, divisor_override=1).abs().max())
+    return largest
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Float64 in the clear. `simulate` and `execute` are the same thing here."""
+
+    name: ClassVar[str] = "plain"
+    ops: ClassVar[frozenset[str]] = frozenset(OPS)
+
+    def price(self, op: Op) -> Cost:
+        return base_cost(op)
+
+    def open(self, program: Program, mode: Literal["simulate", "execute"] = "execute") -> PlainSession:
+        return PlainSession(program)
+
+
+@dataclass(frozen=True)
+class PlainSession:
+    program: Program
+
+    def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
+        """(N, *input_shape) -> (N, *output shape) and what each op took."""
+        self.program.check_input(x)
+        traces: list[OpTrace] = []
+
+        def seen(op: Op, value: Tensor, ms: float) -> None:
+            cost = base_cost(op).scaled(len(x)) + Cost(online_ms=ms)
+            traces.append(OpTrace(op.name, op.kind, replace(cost, weights=base_cost(op).weights)))
+
+        y = evaluate(self.program, torch.from_numpy(np.array(x, dtype=np.float64, order="C")), seen)
+        cost = total(t.cost for t in traces)
+        return y.numpy(), Measurement(runtime="plain", batch=len(x), ops=tuple(traces), total=cost)
+
+    def __enter__(self) -> PlainSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        return None

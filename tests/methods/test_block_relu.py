@@ -1,0 +1,313 @@
+"""block_relu from measurement to plan: options, costs, resuming, preparation, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from networks import NETWORKS, Chain, Images, TinyResNet, conv, images, plan_for, settle
+from tightrope.errors import BundleError, InputError, TraceError
+from tightrope.graph import trace
+from tightrope.lower import lower
+from tightrope.methods.block_relu import BlockReluMethod
+from tightrope.methods.block_relu.patches import label, parse, patches, sides
+from tightrope.nn import BlockReLU
+from tightrope.nn.block_relu import tiles
+from tightrope.place import place
+from tightrope.program import base_cost
+from tightrope.rewrite import apply
+from tightrope.runtimes.plain import Plain
+from tightrope.types import total
+
+SHAPE = (3, 8, 8)
+SMALL = BlockReluMethod(samples=12, batch_size=8, verify=0)
+
+
+def measure(net: nn.Module, data: Images, method: BlockReluMethod = SMALL, workdir=None):
+    graph = trace(net, tuple(data.x.shape[1:]))
+    return method.measure(graph, data, cost=Plain().price, workdir=workdir, progress=lambda *_: None)
+
+
+def partition(patch: tuple[int, int], size: tuple[int, int]) -> bytes:
+    """Which tile each pixel belongs to; what a patch does to a channel depends on nothing else."""
+    rows, columns = np.arange(size[0]) // patch[0], np.arange(size[1]) // patch[1]
+    return (rows[:, None] * size[1] + columns).tobytes()
+
+
+@settings(max_examples=150)
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_the_patches_of_any_map(H, W):
+    found = patches((H, W))
+    assert found[0] == (1, 1) and found[-1] == (0, 0)
+    real = found[:-1]
+    assert all(1 <= p <= H and 1 <= q <= W for p, q in real)
+    assert len({partition(patch, (H, W)) for patch in real}) == len(real)
+    counted = [len(set(np.frombuffer(partition(patch, (H, W)), np.int64))) for patch in real]
+    assert [tiles(patch, (H, W)) for patch in real] == counted
+    assert counted == sorted(counted, reverse=True)
+    assert tiles((0, 0), (H, W)) == 0
+    assert {(H, W), (H, 1), (1, W)} <= set(real)
+    assert len(real) <= 10 * 10
+    assert [parse(label(patch)) for patch in found] == found
+    assert patches((W, H))[:-1] != real or H == W or len(real) < 3
+
+
+@given(st.integers(1, 200))
+def test_sides_are_the_smallest_for_their_tile_count(n):
+    found = sides(n, most=n)
+    assert found == [s for s in range(1, n + 1) if s == 1 or -(-n // s) < -(-n // (s - 1))]
+    thinned = sides(n)
+    assert set(thinned) <= set(found) and {1, n} <= set(thinned) and len(thinned) <= 10
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_options_are_priced_by_their_tiles(name):
+    net = settle(NETWORKS[name]())
+    problem = measure(net, images(SHAPE))
+    graph = trace(net, SHAPE)
+    sites = graph.match("*", ("relu", "relu6"))
+    assert [t.site for t in problem.tables] == [s.name for s in sites]
+    for site, table in zip(sites, problem.tables, strict=True):
+        each = 2 if site.kind == "relu6" else 1
+        size = site.shape[1:]
+        assert table.loss.shape == (site.shape[0], len(table.labels))
+        assert list(table.cost["drelus"]) == [each * tiles(parse(text), size) for text in table.labels]
+        assert (table.loss >= 0).all() and (table.loss > 0).any()
+        assert table.loss[:, 0] == pytest.approx(0, abs=1e-10)  # 1x1 is what the network does
+    program = lower(net, SHAPE)
+    assert problem.baseline == total(map(base_cost, program.ops))
+    chosen = {s.name for s in sites}
+    assert problem.fixed == total(base_cost(op) for op in program.ops if op.name not in chosen)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("residual", {}),
+        ("residual", {"sites": "layer1.*,stem.2"}),
+        ("concat", {}),
+        ("mobile", {}),
+        ("mobile", {"max_pool": "avg"}),
+        ("mobile", {"relu6": "relu"}),
+        ("mobile", {"max_pool": "avg", "relu6": "relu", "sites": "*.2"}),
+    ],
+)
+@pytest.mark.parametrize("share", [90, 60])
+def test_planned_costs_are_executed_costs(name, changes, share):
+    net = settle(NETWORKS[name]())
+    method = replace(SMALL, **changes)
+    problem, plan = plan_for(method, net, images(SHAPE), f"drelus<={share}%")
+    assert plan.predicted.drelus <= share / 100 * plan.baseline.drelus
+    program = lower(apply(net, plan), SHAPE)
+    executed = total(map(base_cost, program.ops))
+    assert executed.drelus == plan.predicted.drelus
+    assert (executed.macs, executed.weights) == (plan.predicted.macs, plan.predicted.weights)
+    every = trace(net, SHAPE).match("*", ("relu", "relu6"))
+    assert (len(problem.tables) < len(every)) == ("sites" in changes)
+
+
+def test_choices_are_the_picked_patches():
+    net = settle(TinyResNet())
+    problem = measure(net, images(SHAPE))
+    picked = {t.site: np.arange(len(t.loss)) % len(t.labels) for t in problem.tables}
+    choices = SMALL.choices(problem, picked)
+    assert {site: [label(tuple(p)) for p in c["patches"]] for site, c in choices.items()} == {
+        t.site: [t.labels[k] for k in picked[t.site]] for t in problem.tables
+    }
+
+
+def test_a_measurement_resumes_where_it_stopped(tmp_path):
+    net = settle(TinyResNet())
+    data = images(SHAPE)
+    first = measure(net, data, workdir=tmp_path)
+    assert first.meta["passes"] == 2 * 2 * (1 + 5)  # chunks of sites, batches, one forward and 5 outputs
+    assert {p.name for p in tmp_path.iterdir()} == {f"{t.site}.npz" for t in first.tables}
+    read = len(data.reads)
+    assert read > 0
+    again = measure(net, data, workdir=tmp_path)
+    assert again.meta["passes"] == 0
+    assert len(data.reads) == read  # no image was looked at
+    assert [t.loss.tobytes() for t in again.tables] == [t.loss.tobytes() for t in first.tables]
+    (tmp_path / "layer1.relu.npz").unlink()
+    third = measure(net, data, workdir=tmp_path)
+    assert third.meta["passes"] == 2 * (1 + 5)
+    for a, b in zip(first.tables, third.tables, strict=True):
+        np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
+
+
+def test_an_interrupted_measurement_keeps_what_was_done(tmp_path):
+    net, data = settle(TinyResNet()), images(SHAPE)
+
+    def stop(what, done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        SMALL.measure(trace(net, SHAPE), data, cost=Plain().price, workdir=tmp_path, progress=stop)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert measure(net, data, workdir=tmp_path).meta["passes"] == 2 * (1 + 5)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"noise" * 20])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    net, data = settle(TinyResNet()), images(SHAPE)
+    measure(net, data, workdir=tmp_path)
+    path = tmp_path / "layer2.relu.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BundleError, match=r"damaged(.|\n)*layer2.relu.npz(.|\n)*delete the file"):
+        measure(net, data, workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"samples": 11}, {"directions": 3}, {"seed": 1}, {"relu6": "relu"}, {"max_pool": "avg"}],
+)
+def test_another_configuration_is_measured_anew(tmp_path, changes):
+    net, data = settle(NETWORKS["mobile"]()), images(SHAPE)
+    measure(net, data, workdir=tmp_path)
+    other = replace(SMALL, **changes)
+    resumed = measure(net, data, other, workdir=tmp_path)
+    fresh = measure(net, data, other)
+    assert resumed.meta["passes"] == fresh.meta["passes"] > 0
+    assert [t.loss.tobytes() for t in resumed.tables] == [t.loss.tobytes() for t in fresh.tables]
+
+
+def test_other_weights_and_other_images_are_measured_anew(tmp_path):
+    net, data = settle(TinyResNet()), images(SHAPE)
+    measure(net, data, workdir=tmp_path)
+    assert measure(net, replace(data, name="others"), workdir=tmp_path).meta["passes"] > 0
+    with torch.no_grad():
+        net.fc.bias[0] += 1
+    assert measure(net, replace(data, name="others"), workdir=tmp_path).meta["passes"] > 0
+    assert measure(net, replace(data, name="others"), workdir=tmp_path).meta["passes"] == 0
+
+
+def test_fewer_sites_and_exact_checks_reuse_what_was_measured(tmp_path):
+    net, data = settle(TinyResNet()), images(SHAPE)
+    measure(net, data, workdir=tmp_path)
+    other = measure(net, data, replace(SMALL, sites="layer1.*", verify=5, batch_size=4), workdir=tmp_path)
+    assert other.meta["passes"] == 0
+    assert other.meta["verified"] == len(other.meta["check"]) == 5
+
+
+class Ineffective(nn.Module):
+    """Its second activation reaches the outputs only through weights of 0, or not at all."""
+
+    def __init__(self, dead: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = conv(3, 4), conv(4, 4), nn.Linear(8, 5)
+        self.relu, self.odd = nn.ReLU(), nn.ReLU()
+        self.dead = dead
+        with torch.no_grad():
+            self.fc.weight[:, 4:] = 0
+
+    def forward(self, x):
+        y = self.relu(self.first(x))
+        z = self.odd(self.second(y))
+        if self.dead:
+            return self.fc(torch.cat([y, y], 1).mean((2, 3)).view(z.size(0), -1))
+        return self.fc(torch.cat([y, z], 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_site_without_influence_is_refused(tmp_path, dead):
+    net, data = Ineffective(dead).eval(), images(SHAPE)
+    for _ in range(2):  # nothing saved makes it pass the second time
+        with pytest.raises(TraceError, match=r"no influence(.|\n)*odd(.|\n)*--sites"):
+            measure(net, data, workdir=tmp_path)
+    assert len(measure(net, data, replace(SMALL, sites="relu")).tables) == 1
+
+
+def test_a_site_that_never_cuts_is_free_to_remove():
+    """ReLU after ReLU changes nothing, so its removal is rightly predicted to cost nothing."""
+    net = Chain(conv(3, 4), nn.ReLU(), nn.ReLU(), conv(4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    problem = measure(net, images(SHAPE))
+    assert (problem.tables[0].loss[:, -1] > 0).any()
+    assert problem.tables[1].loss == pytest.approx(0, abs=1e-10)
+
+
+def test_infeasible_budgets_are_found_before_any_image_is_read():
+    data = images(SHAPE)
+
+    def refuse(problem):
+        assert not any(t.loss.any() for t in problem.tables)
+        assert problem.baseline.drelus > 0
+        raise InputError("too small")
+
+    with pytest.raises(InputError, match="too small"):
+        SMALL.measure(
+            trace(settle(TinyResNet()), SHAPE), data, cost=Plain().price, workdir=None,
+            progress=lambda *_: None, feasible=refuse,
+        )  # fmt: skip
+    assert not data.reads
+
+
+def test_preparation_replaces_pools_and_clips_as_torch_would():
+    net = settle(NETWORKS["mobile"]())
+    method = replace(SMALL, max_pool="avg", relu6="relu")
+    graph = trace(net, SHAPE)
+    prepared = method.preparation(graph)
+    new = {"max_pool": "avg_pool", "relu6": "relu"}
+    assert prepared == {s.name: {"replace": new[s.kind]} for s in graph.sites}
+    assert SMALL.preparation(graph) == {}
+    x = torch.randn(2, *SHAPE)
+    steps = [F.relu if isinstance(s, nn.ReLU6) else s for s in net.steps]
+    steps[6] = lambda y: F.avg_pool2d(y, 3, 2, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(place(graph, prepared, method.rewrite).module(x), Chain(*steps)(x))
+
+
+def test_a_plan_keeps_the_preparation():
+    net = settle(NETWORKS["mobile"]())
+    method = replace(SMALL, relu6="relu", max_pool="avg", sites="parts.2")
+    _, plan = plan_for(method, net, images(SHAPE), "drelus<=90%")
+    modules = dict(apply(net, plan).named_modules())
+    kinds = {name: type(modules[name]) for name in ("parts.2", "parts.5", "parts.6")}
+    assert kinds == {"parts.2": BlockReLU, "parts.5": nn.ReLU, "parts.6": nn.AvgPool2d}
+    assert modules["parts.2"].upper is None
+    _, plan = plan_for(SMALL, net, images(SHAPE), "drelus<=90%")
+    assert dict(apply(net, plan).named_modules())["parts.2"].upper == 6
+
+
+def test_a_dilated_max_pool_has_no_average_pool():
+    net = Chain(conv(3, 4), nn.ReLU(), nn.MaxPool2d(2, dilation=2), conv(4, 2)).eval()
+    with pytest.raises(InputError, match=r"dilated max-pool(.|\n)*parts.2"):
+        measure(net, images(SHAPE), replace(SMALL, max_pool="avg"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 0}, "samples must be positive"),
+        ({"batch_size": -1}, "batch_size must be positive"),
+        ({"directions": 0}, "directions must be positive"),
+        ({"max_pool": "min"}, r"unknown choice for max_pool(.|\n)*min(.|\n)*avg"),
+        ({"relu6": "drop"}, "unknown choice for relu6"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        BlockReluMethod(**changes)
+
+
+def test_a_network_without_the_sites_asked_for_is_refused():
+    with pytest.raises(InputError, match="matches no site"):
+        measure(settle(TinyResNet()), images(SHAPE), replace(SMALL, sites="layer9*"))
+    with pytest.raises(InputError, match="no site of kind"):
+        measure(Chain(conv(3, 2)), images(SHAPE))
+
+
+def test_fast_losses_rank_as_exact_ones_on_a_trained_network(trained):
+    net, data = trained
+    problem = measure(net, data, BlockReluMethod(samples=64, verify=80))
+    assert problem.meta["verified"] == 80
+    assert problem.meta["spearman"] > 0.9
+    assert problem.meta["passes"] * 50 < problem.meta["exact_passes"]
+    plain = np.array(problem.meta["check"])
+    assert np.isfinite(plain).all() and (plain >= 0).all()

@@ -1,0 +1,233 @@
+"""The protocol, run by three threads over real frames: every step against the integer model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from small_networks import INPUT, NETWORKS, images, network
+from tightrope.errors import InputError, ProtocolError
+from tightrope.program import Program
+from tightrope.runtimes.mpc import MPC, compile_program, costs, holders, oracle
+from tightrope.runtimes.mpc.channel import Clock
+from tightrope.runtimes.mpc.keys import ROLES
+from tightrope.runtimes.mpc.local import local_channels
+from tightrope.runtimes.mpc.party import Party, introduce
+from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Step, Truncate
+from tightrope.runtimes.mpc.team import LocalTeam
+
+
+class Recorder:
+    """Keeps every share that a handler leaves behind, before it is forgotten."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shares: dict[str, dict[str, Tensor]] = {"client": {}, "server": {}}
+        for phase in (holders.OFFLINE, holders.ONLINE):
+            for role in ("client", "server"):
+                spied = {kind: self._spy(handler) for kind, handler in phase[role].items()}
+                monkeypatch.setitem(phase, role, spied)
+
+    def _spy(self, handler: Callable[..., None]) -> Callable[..., None]:
+        def spied(party: Party, step: Step, batch: Any) -> None:
+            handler(party, step, batch)
+            self.shares[party.role] |= {name: share.clone() for name, share in batch.wires.items()}
+
+        return spied
+
+    def value(self, name: str) -> Tensor:
+        return self.shares["client"][name] + self.shares["server"][name]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_step_equals_the_integer_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear maps exactly, truncation within one unit, gates but where the sum is within the dropped bits."""
+    recorder = Recorder(monkeypatch)
+    program, x = network(name), images(8, seed=3)
+    schedule = compile_program(program, MPC())
+    with MPC().open(program, "simulate") as session:
+        session.run(x.numpy())
+    values = {Program.INPUT: recorder.value(Program.INPUT)}
+    assert torch.equal(values[Program.INPUT], torch.round(x.double() * 2**22).long())
+    for step in schedule.steps:
+        if not isinstance(step, Local | Multiply | Truncate | Gate):
+            continue
+        sources = step.inputs if isinstance(step, Local) else (step.input,)
+        inputs = [values[w.name] for w in sources]
+        want = oracle.apply(step, program, *inputs)
+        if isinstance(step, Local) and step.masks:
+            values.setdefault(step.output.name, want)  # a wire that only has a mask
+            continue
+        got = values[step.output.name] = recorder.value(step.output.name)
+        error = got - want
+        if isinstance(step, Local | Multiply):
+            assert not error.any()
+            continue
+        assert want.abs().max() > 1000  # else one unit would say nothing
+        assert error.min() >= 0 and error.max() <= 1
+        assert 0.02 < error.float().mean() < 0.6  # rounds up as often as the dropped bits say, not always
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 17])
+def test_outputs_and_counts_for_any_batch_size(size: int) -> None:
+    """Odd sizes leave the last byte of packed bits partly empty."""
+    program, x = network("patches"), images(size, seed=size)
+    config = MPC()
+    with config.open(program, "simulate") as session:
+        y, measured = session.run(x.numpy())
+    assert y.shape == (size, 5)
+    want = oracle.evaluate(program, compile_program(program, config), x.numpy())
+    assert np.abs(y - want).max() < 2**-16
+    for trace in measured.ops:
+        counted = replace(trace.cost, online_ms=0, offline_ms=0)
+        assert counted == config.cost(program, program.op(trace.op), size)
+
+
+def test_a_large_batch_is_run_in_pieces_and_costs_what_was_predicted() -> None:
+    program, x = network("patches"), images(7)
+    config = MPC(material_bytes=3 * int(costs(program, MPC()).total.offline_bytes))
+    with config.open(program, "simulate") as session:
+        y, measured = session.run(x.numpy())
+    assert np.abs(y - oracle.evaluate(program, compile_program(program, MPC()), x.numpy())).max() < 2**-16
+    predicted = costs(program, config, 7)
+    assert predicted.total.rounds == 3 * costs(program, MPC()).total.rounds == measured.total.rounds
+    assert predicted.total.weights == measured.total.weights == costs(program, MPC()).total.weights
+    assert (predicted.links, predicted.offline_links) == (measured.links, measured.offline_links)
+
+
+def test_executed_comparisons_are_those_of_the_plan() -> None:
+    program = network("patches")
+    with MPC().open(program, "simulate") as session:
+        _, measured = session.run(images(2).numpy())
+    planned = {op.name: 2 * op.drelus for op in program.ops if op.kind == "relu"}
+    assert {t.op: t.cost.drelus for t in measured.ops if t.kind == "relu"} == planned
+    assert sum(planned.values()) == measured.total.drelus > 0
+
+
+def test_each_batch_has_new_masks_and_the_same_result() -> None:
+    program, x = network("residual"), images(4)
+    team = LocalTeam(program, MPC(), bytes(16))
+    team.call("setup", 0)
+    frames: dict[str, list[bytes]] = {"client": [], "server": []}  # both get the same words of a key
+    outputs = []
+    for _ in range(2):
+        seen = received(team)
+        team.call("offline", 4)
+        outputs.append(team.call("online", 4, x.numpy())["client"][1])
+        for role, got in frames.items():
+            got += [a.tobytes() for a in seen[role] if a.nbytes >= 32]
+    team.close()
+    assert all(len(got) == len(set(got)) > 30 for got in frames.values())
+    assert np.abs(outputs[0] - outputs[1]).max() < 2**-16
+
+
+def received(team: LocalTeam) -> dict[str, list[np.ndarray]]:
+    """What the parties get from now on, field by field."""
+    seen: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
+    for role, worker in team.workers.items():
+        party = worker.party
+
+        def receive(*args: Any, party: Party = party, sink: list[np.ndarray] = seen[role]) -> Any:
+            arrays = Party.receive(party, *args)
+            sink.extend(arrays.values())
+            return arrays
+
+        party.receive = receive  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_what_a_party_sees_is_uniform_whatever_the_input(value: float) -> None:
+    """Chi-square over the bytes of all frames, weights and images constant; the dealer gets no frame."""
+    program = network("residual")
+    constant = {k: np.full_like(v, value / 8) for k, v in program.tensors.items()}
+    team = LocalTeam(replace(program, tensors=constant), MPC(), bytes(16))
+    seen = received(team)
+    team.call("setup", 0)
+    team.call("offline", 16)
+    team.call("online", 16, np.full((16, *INPUT), value))
+    team.close()
+    assert not seen["dealer"]
+    for role in ("client", "server"):
+        data = np.concatenate([a.reshape(-1).view(np.uint8) for a in seen[role] if a.max() > 1])
+        counts = np.bincount(data, minlength=256)
+        expected = data.size / 256
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        assert data.size > 100_000 and chi_square < 400  # 255 degrees of freedom: 1 in 10^8 is above
+        bits = np.concatenate([a for a in seen[role] if a.max() <= 1])
+        assert abs(bits.mean() - 0.5) < 6 * 0.5 / np.sqrt(bits.size)
+
+
+def test_prepared_material_is_used_once() -> None:
+    team = LocalTeam(network("patches"), MPC(timeout_s=5), bytes(16))
+    team.call("setup", 0)
+    team.call("offline", 2)
+    team.call("online", 2, images(2).numpy())
+    with pytest.raises(ProtocolError, match="no material"):
+        team.call("online", 2, images(2).numpy())
+
+
+def test_a_batch_of_another_size_than_prepared_is_refused() -> None:
+    team = LocalTeam(network("patches"), MPC(timeout_s=5), bytes(16))
+    team.call("setup", 0)
+    team.call("offline", 2)
+    with pytest.raises(ProtocolError, match="no material"):
+        team.call("online", 3, images(3).numpy())
+
+
+def test_an_input_beyond_calibration_is_refused() -> None:
+    with MPC().open(network("patches"), "simulate") as session:
+        with pytest.raises(InputError, match="calibration"):
+            session.run(np.full((1, *INPUT), 1e3))
+        with pytest.raises(InputError, match="shape"):
+            session.run(np.zeros((1, 3, 3)))
+        session.run(images(1).numpy())
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(InputError, match="mode"):
+        MPC().open(network("patches"), "emulate")  # type: ignore[arg-type]
+
+
+OTHER = {
+    "program": (network("residual"), MPC(), bytes(16)),
+    "fraction_bits": (network("patches"), MPC(fraction_bits=20), bytes(16)),
+    "session": (network("patches"), MPC(), bytes(15) + b"x"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_parties_that_disagree_refuse_each_other_with_both_values(what: str) -> None:
+    usual = (network("patches"), MPC(), bytes(16))
+    clocks = {role: Clock() for role in ROLES}
+    channels: dict[str, dict[str, Any]] = {role: {} for role in ROLES}
+    for one, other in combinations(ROLES, 2):
+        pair = local_channels((one, clocks[one]), (other, clocks[other]), timeout_s=2)
+        channels[one][other], channels[other][one] = pair
+
+    def meet(role: str) -> None:
+        program, config, session = OTHER[what] if role == "server" else usual
+        introduce(role, channels[role], session, program, config)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(3) as pool:
+        meetings = {role: pool.submit(meet, role) for role in ROLES}
+    shown = {"program": usual[0].sha256(), "fraction_bits": "22", "session": bytes(16).hex()}
+    theirs = {"program": OTHER[what][0].sha256(), "fraction_bits": "20", "session": (bytes(15) + b"x").hex()}
+    for role in ROLES:
+        error = str(meetings[role].exception())
+        assert f"disagree about the {what}" in error
+        assert shown[what] in error and theirs[what] in error
+
+
+def test_a_damaged_hello_is_refused() -> None:
+    one, other = local_channels(("client", Clock()), ("server", Clock()), timeout_s=2)
+    other.send(0, 1, b"[1, 2]")
+    with pytest.raises(ProtocolError, match="hello"):
+        introduce("client", {"server": one}, bytes(16), network("patches"), MPC())

@@ -1,0 +1,180 @@
+"""Ring arithmetic, truncation and gates in the clear, against Python integers, torch floats and `plain`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from small_networks import NETWORKS, images, network
+from tightrope.program import AvgPool2d, Conv2d, Linear, Relu
+from tightrope.runtimes.mpc import MPC, compile_program, fss, gates, oracle
+from tightrope.runtimes.mpc.fixed import encode, local, multiply, pool_divisor, tensor, words
+from tightrope.runtimes.mpc.prg import Stream
+from tightrope.runtimes.mpc.steps import Gate, Local, Truncate, Wire, truncation_fields
+from tightrope.runtimes.plain import evaluate
+
+EDGES = [0, 1, -1, 2**22 - 1, 2**22, -(2**22), 5 * 2**22, 2**44 + 12345, 2**62 - 1, -(2**62), 1 - 2**62]
+MASKS = [0, 1, 2**22 - 1, 2**22, 2**62, 2**63 - 1, 2**63, 2**64 - 2**22, 2**64 - 1]
+
+
+def signed(x: int) -> int:
+    return (x + 2**63) % 2**64 - 2**63
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_integer_model_is_close_to_float64(name: str) -> None:
+    program, x = network(name), images(32, seed=7)
+    model = oracle.evaluate(program, compile_program(program, MPC()), x.numpy())
+    assert np.abs(model - evaluate(program, x).numpy()).max() < 2**-18
+
+
+def test_products_wrap_modulo_2_to_the_64() -> None:
+    stream = Stream(bytes(32))
+    op = Linear(name="f", inputs=("x",), shape=(3,), in_features=4)
+    w, x = tensor(stream.ring((3, 4)), (3, 4)), tensor(stream.ring((2, 4)), (2, 4))
+    want = [[signed(sum(int(a) * int(b) for a, b in zip(u, v, strict=True))) for v in w] for u in x]
+    assert multiply(op, w, x).tolist() == want
+
+
+@given(
+    stride=st.tuples(*[st.integers(1, 3)] * 2),
+    dilation=st.tuples(*[st.integers(1, 2)] * 2),
+    kernel=st.tuples(*[st.integers(1, 3)] * 2),
+    padding=st.tuples(*[st.integers(0, 2)] * 4),
+    groups=st.sampled_from([1, 2, 4]),
+)
+def test_convolutions_equal_torch_in_floats(stride, dilation, kernel, padding, groups) -> None:
+    """On numbers that float64 holds exactly."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-99, 99, (2, 4, 7, 8), generator=generator)
+    w = torch.randint(-99, 99, (8, 4 // groups, *kernel), generator=generator)
+    want = F.conv2d(F.pad(x.double(), padding), w.double(), None, stride, 0, dilation, groups)
+    op = Conv2d(
+        name="c",
+        inputs=("x",),
+        shape=tuple(want.shape[1:]),
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        in_channels=4,
+    )
+    assert torch.equal(multiply(op, w, x).double(), want)
+
+
+@given(
+    kernel=st.tuples(*[st.integers(1, 4)] * 2),
+    stride=st.tuples(*[st.integers(1, 4)] * 2),
+    fraction=st.floats(0, 1),
+    ceil=st.booleans(),
+    count=st.booleans(),
+)
+def test_window_sums_over_the_divisor_equal_torch_averages(kernel, stride, fraction, ceil, count) -> None:
+    padding = (int(kernel[0] // 2 * fraction), int(kernel[1] // 2 * fraction))
+    x = torch.randint(-99, 99, (2, 3, 7, 6), generator=torch.Generator().manual_seed(1))
+    want = F.avg_pool2d(x.double(), kernel, stride, padding, ceil, count)
+    op = AvgPool2d(
+        name="p",
+        inputs=("x",),
+        shape=tuple(want.shape[1:]),
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        ceil_mode=ceil,
+        count_padding=count,
+    )
+    wire = Wire("x", (3, 7, 6), 0, 1.0, 1.0, static=False)
+    step = Local(index=0, op="p", kernel=op, inputs=(wire,), output=wire, factors=(1,))
+    assert torch.allclose(local(step, x).double() / pool_divisor(op, (3, 7, 6)), want, rtol=0, atol=1e-12)
+
+
+def truncate_step(count: int, shift: int) -> Truncate:
+    wire = Wire("z", (count,), 22 + shift, 1.0, 1.0, static=False)
+    return Truncate(index=0, op="z", input=wire, output=wire, shift=shift)
+
+
+def truncated(z: list[int], r: list[int], shift: int) -> list[int]:
+    """By both parties, with random shares of everything the dealer shares."""
+    step = truncate_step(len(z), shift)
+    mask = np.array(r, np.uint64)
+    opened = np.array([v % 2**64 for v in z], np.uint64) + mask
+    server = gates.share_truncation(step, mask, Stream(bytes(32)))
+    stream = Stream(bytes(32))
+    client = {f.name: gates.draw(stream, f, 1) for f in truncation_fields(len(z), shift)}
+    shares = [gates.truncate(party, opened, held, shift) for party, held in ((0, client), (1, server))]
+    return [signed(int(v)) for v in shares[0] + shares[1]]
+
+
+@pytest.mark.parametrize("shift", [1, 3, 22, 32, 33, 40])
+def test_truncation_is_exact_at_the_edges(shift: int) -> None:
+    """Floor, plus one exactly where the dropped bits of z and r carry; never a large error."""
+    pairs = [(z, r) for z in EDGES for r in MASKS]
+    got = truncated([z for z, _ in pairs], [r for _, r in pairs], shift)
+    low = (1 << shift) - 1
+    assert got == [(z >> shift) + ((z & low) + (r & low) > low) for z, r in pairs]
+
+
+@given(st.integers(-(2**62), 2**62 - 1), st.integers(0, 2**64 - 1), st.integers(1, 40))
+def test_truncation_is_exact_everywhere(z: int, r: int, shift: int) -> None:
+    low = (1 << shift) - 1
+    assert truncated([z], [r], shift) == [(z >> shift) + ((z & low) + (r & low) > low)]
+
+
+def gate_step(patch: tuple[int, int], size: tuple[int, int], shift: int, thresholds: tuple[int, ...]) -> Gate:
+    relu = Relu(name="g", inputs=("z",), shape=(1, *size), patches=(patch,))
+    wire = Wire("z", (1, *size), 22 + shift, 1.0, 1.0, static=False)
+    return Gate(
+        index=0, op="g", kernel=relu, input=wire, output=wire, shift=shift, bits=42, thresholds=thresholds
+    )
+
+
+def compared(step: Gate, z: list[int], stream: Stream) -> list[int]:
+    """b for one map z, through real comparison keys."""
+    r = stream.ring(len(z))
+    opened = np.array([v % 2**64 for v in z], np.uint64) + r
+    count = step.drelus
+    c, bit = stream.bits(count), stream.bits(count)
+    roots, key = [stream.blocks(count), stream.blocks(count)], bytes(fss.HASH_KEY_BYTES)
+    key_words, bit1 = fss.gen(gates.mask_points(step, r), c, step.bits, *roots, bit, key)
+    held = {"words": key_words, "hash_key": np.frombuffer(key, np.uint8)}
+    shares = [
+        gates.evaluate_bits(party, step, opened, roots[party], held | {"bit": own}, 1)
+        for party, own in ((0, bit), (1, bit1))
+    ]
+    return (shares[0] ^ shares[1] ^ c).tolist()
+
+
+@pytest.mark.parametrize("shift", [0, 3, 22])
+@pytest.mark.parametrize("threshold", [0, 6 << 22])
+def test_gates_at_the_edge_of_the_threshold(shift: int, threshold: int) -> None:
+    """Never open at or below the threshold, always above it by more than the dropped bits."""
+    unit = 1 << shift
+    stream = Stream(bytes(32))
+    for patch, elements in (((1, 1), 1), ((2, 3), 4)):
+        step = gate_step(patch, (2, 2), shift, (threshold,))
+        tiles = 4 // elements
+        for over in (-(2**40), -unit, -1, 0, unit, unit + 1, 2**40):
+            total = threshold * elements + over
+            z = [total] * 4 if elements == 1 else [total - 3 * 777, 777, 777, 777]
+            for _ in range(20):
+                assert compared(step, z, stream) == [int(over >= unit)] * tiles
+
+
+def test_gates_within_the_dropped_bits_open_as_often_as_they_should() -> None:
+    """A sum of u/2^shift of a unit above zero opens with that probability."""
+    stream = Stream(bytes(32))
+    step = gate_step((1, 1), (100, 100), 8, (0,))
+    for u in (32, 128, 224):
+        share = np.mean(compared(step, [u] * 10_000, stream))
+        assert abs(share - u / 256) < 5 * np.sqrt(u / 256 * (1 - u / 256) / 10_000)
+
+
+def test_encoding_rounds_to_the_nearest() -> None:
+    x = np.array([[1.0, -1.0, 0.3, 2.0**-23, -(2.0**-22)]])
+    assert encode(x, 22).tolist() == [[2**22, -(2**22), round(0.3 * 2**22), 0, -1]]
+    assert words(encode(x, 22))[0, 1] == 2**64 - 2**22

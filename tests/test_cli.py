@@ -1,0 +1,200 @@
+"""The command line from the outside: what it writes; bad input ends with status 2 and nothing written."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tightrope import cli
+from tightrope.bundle import Bundle
+
+QUICK = ("--samples", "16", "--verify", "8")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr("sys.argv", ["tightrope", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object, says: str
+) -> None:
+    assert call(monkeypatch, *args) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle after search and apply, shared by the tests that only read it."""
+    out = tmp_path_factory.mktemp("cli") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, "search", "--budget", "drelus<=12%", "--out", out, *QUICK) == 0
+        assert call(patch, "apply", out) == 0
+    return out
+
+
+def test_search_writes_a_bundle_that_meets_the_budget(searched: Path) -> None:
+    plan = Bundle.open(searched).plan()
+    assert 0 < plan.predicted.drelus <= 0.12 * plan.baseline.drelus
+    assert plan.bound <= plan.loss
+    planned = Bundle.open(searched).program(weights=False)
+    assert sum(getattr(op, "drelus", 0) for op in planned.ops) == plan.predicted.drelus
+
+
+def test_json_output_is_one_object(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        call(monkeypatch, "solve", searched, "--budget", "drelus<=6%", "--out", tmp_path / "six", "--json")
+        == 0
+    )
+    body = json.loads(capsys.readouterr().out)
+    assert body["predicted"]["drelus"] <= 0.06 * body["baseline"]["drelus"]
+
+
+def test_run_plain_on_an_image(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tightrope.data import ASSETS
+
+    image = sorted(ASSETS.glob("sample_*.png"))[0]
+    assert call(monkeypatch, "run", searched, "--runtime", "plain", "--image", image, "--json") == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["predictions"] == body["plain"]
+    assert body["measurement"]["total"]["drelus"] == Bundle.open(searched).plan().predicted.drelus
+
+
+def test_the_same_search_resumes(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second search with the same measurement finds the saved distortions and runs no pass."""
+    import shutil
+
+    again = tmp_path / "again"
+    shutil.copytree(searched, again)
+    assert call(monkeypatch, "search", "--budget", "drelus<=20%", "--out", again, *QUICK) == 0
+    assert Bundle.open(again).problem().meta["passes"] == 0
+
+
+BAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "budget that is no budget": (("--budget", "drelu=12"), "cannot read the budget"),
+    "budget in an unknown quantity": (("--budget", "relus<=12%"), "drelus"),
+    "impossible budget": (("--budget", "online_bytes<=1"), "online_bytes<="),
+    "unknown model": (("--budget", "drelus<=12%", "--model", "resnt18"), "resnet18"),
+    "missing model file": (("--budget", "drelus<=12%", "--model", "nowhere.py:net"), "nowhere.py"),
+    "missing weights": (("--budget", "drelus<=12%", "--model", "resnet8", "--weights", "no.st"), "no.st"),
+    "unknown data": (("--budget", "drelus<=12%", "--data", "fashon-mnist"), "fashion-mnist"),
+    "unknown site pattern": (("--budget", "drelus<=12%", "--sites", "layer9.*"), "matches no site"),
+    "unknown method": (("--budget", "drelus<=12%", "--method", "blockrelu"), "block_relu"),
+    "unknown runtime": (("--budget", "drelus<=12%", "--runtime", "mpcc"), "mpc"),
+    "nonsense samples": (("--budget", "drelus<=12%", "--samples", "0"), "samples"),
+    "no budget at all": ((), "--budget"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_search(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args, says = BAD[name]
+    quick = () if "--samples" in args else QUICK
+    refused(monkeypatch, capsys, "search", "--out", tmp_path / "out", *args, *quick, says=says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_untraceable_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.f = nn.Linear(784, 10)\n"
+        "    def forward(self, x):\n"
+        "        x = x.flatten(1)\n"
+        "        return self.f(x) if x.sum() > 0 else self.f(-x)\n"
+        "def make():\n"
+        "    return Net()\n"
+    )
+    model = f"{tmp_path / 'net.py'}:make"
+    refused(
+        monkeypatch, capsys, "search", "--budget", "drelus<=12%", "--model", model, "--out", tmp_path / "out",
+        *QUICK, says="cannot trace",
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_not_a_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    refused(
+        monkeypatch,
+        capsys,
+        "search",
+        "--budget",
+        "drelus<=12%",
+        "--out",
+        tmp_path,
+        *QUICK,
+        says="not a bundle",
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("command", ["apply", "finetune", "run", "report", "curve"])
+def test_no_bundle(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(monkeypatch, capsys, command, tmp_path / "none", says="no such bundle")
+
+
+@pytest.mark.parametrize(
+    "part", ["plan.json", "program.json", "program.safetensors", "base.safetensors", "bundle.json"]
+)
+def test_damaged_bundle(
+    part: str,
+    searched: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(searched, broken)
+    data = (broken / part).read_bytes()
+    (broken / part).write_bytes(data[: len(data) // 2])
+    command = ("run", broken, "--runtime", "plain") if part.startswith("program") else ("apply", broken)
+    refused(monkeypatch, capsys, *command, says="damaged")
+
+
+def test_bad_images(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    Image.fromarray(np.zeros((40, 30), np.uint8)).save(tmp_path / "large.png")
+    for name, says in (("none.png", "none.png"), ("text.png", "text.png"), ("large.png", "28")):
+        refused(monkeypatch, capsys, "run", searched, "--image", tmp_path / name, says=says)
+    refused(monkeypatch, capsys, "run", searched, "--count", "0", says="test images")
+    refused(monkeypatch, capsys, "run", searched, "--runtime", "plain", "--port", "5000", says="ports")
+
+
+@pytest.mark.slow
+def test_port_in_use(
+    searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused(monkeypatch, capsys, "run", searched, "--port", port, says=str(port))
