@@ -27,7 +27,7 @@ from tightrope.graph import trace
 from tightrope.methods.block_relu import BlockReluMethod
 from tightrope.pipeline import quiet
 from tightrope.place import place
-from tightrope.program import base_cost
+from tightrope.runtimes.plain import Plain
 from tightrope.solve.select import price, select
 from tightrope.types import Budget, Problem
 
@@ -75,7 +75,7 @@ def main() -> None:
     data, base = load("fashion-mnist"), models.resolve("demo")
     graph = trace(base, data.input_shape)
     if not (options.work / "problem.npz").exists():
-        problem = METHOD.measure(graph, data, cost=base_cost, workdir=None, progress=quiet)
+        problem = METHOD.measure(graph, data, cost=Plain(), workdir=None, progress=quiet)
         problem.save(options.work / "problem.npz")
     meta = Problem.load(options.work / "problem.npz").meta
     ratio = meta["exact_passes"] * -(-METHOD.samples // METHOD.batch_size) / meta["passes"]

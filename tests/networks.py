@@ -159,14 +159,14 @@ def images(shape: Sequence[int], count: int = 16, *, seed: int = 0, dtype: Any =
     return Images(x, torch.randint(5, (count,), generator=generator))
 
 
-def gap(model: nn.Module, program: Program, x: Tensor) -> float:
-    """Largest difference of model and program on x, both in float64, over the largest output (at least 1)."""
+def gap(model: nn.Module, program: Program, x: Tensor, *, least: float = 1.0) -> float:
+    """Largest difference of model and program on x, both in float64, over the largest output or `least`."""
     with torch.no_grad():
         expected = model.double()(x.double())
     assert torch.isfinite(expected).all()
     got = evaluate(program, x)
     assert got.shape == expected.shape
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=least))
 
 
 def plan_for(
@@ -174,7 +174,7 @@ def plan_for(
 ) -> tuple[Problem, Plan]:
     """What `tightrope search` does, priced by the plain runtime."""
     graph = trace(net, tuple(data.x.shape[1:]))
-    problem = method.measure(graph, data, cost=Plain().price, workdir=workdir, progress=lambda *_: None)
+    problem = method.measure(graph, data, cost=Plain(), workdir=workdir, progress=lambda *_: None)
     chosen = select(problem, Budget.parse(budget))
     plan = Plan(
         method=method.name, config=problem.meta["config"], budget=budget,

@@ -35,6 +35,7 @@ class Stripes:
     train: int = 96
     at: Callable[[int], None] = lambda k: None
     name: str = "stripes"
+    input_shape: tuple[int, int, int] = (1, 8, 8)
 
     def size(self, split: str) -> int:
         return {"train": self.train, "validation": 64, "test": 64}[split]
@@ -123,7 +124,7 @@ def test_it_learns_and_leaves_its_inputs_alone(ema: float, capfd: pytest.Capture
 def test_the_teacher_alone_can_teach() -> None:
     teacher = finetune(network(1), Stripes(), recipe=replace(QUICK, epochs=6))
     student = network(2, patch=(4, 4))
-    recipe = replace(QUICK, epochs=12, lr=0.02, label=0.0, distill=1.0)
+    recipe = replace(QUICK, epochs=12, lr=0.02, label=0.0, distill=1.0, hints=0.0)
     before = copy.deepcopy(teacher)
     tuned = finetune(student, Stripes(), teacher=teacher, recipe=recipe)
     assert same(teacher, before)
@@ -139,6 +140,25 @@ def test_same_seed_same_result() -> None:
     runs = [finetune(network(), Stripes(), recipe=replace(QUICK, epochs=1, seed=s)) for s in (0, 0, 1)]
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
+
+
+def test_what_is_read() -> None:
+    """Every epoch has its own order; validation images come as they are; the test split never comes."""
+    read = list[tuple[str, Record]]()
+
+    class Watched(Stripes):
+        def batches(self, split: str, batch_size: int, **kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            read.append((split, kwargs))
+            return super().batches(split, batch_size, **kwargs)
+
+    finetune(network(), Watched(), recipe=QUICK)
+    finetune(network(), Watched(), recipe=replace(QUICK, seed=1))
+    epochs = [kwargs for split, kwargs in read if split == "train" and kwargs.get("shuffle")]
+    assert len({kwargs["seed"] for kwargs in epochs}) == 6
+    held_out = [kwargs for split, kwargs in read if split == "validation"]
+    assert len(held_out) == 6
+    assert not any(kwargs.get("shuffle") or kwargs.get("augment") for kwargs in held_out)
+    assert {split for split, _ in read} == {"train", "validation"}
 
 
 def test_the_statistics_fit_the_final_weights() -> None:
@@ -249,6 +269,28 @@ def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path: Path) -> None:
     assert same(tuned, finetune(model(), Stripes(), recipe=QUICK))
 
 
+def test_broken_off_within_a_step_nothing_is_saved(tmp_path: Path) -> None:
+    file = tmp_path / "run.safetensors"
+    saved = list[bytes]()
+
+    class Breaks(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                Breaks.calls += 1
+                if Breaks.calls == 9:
+                    raise KeyboardInterrupt
+            return x
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            nn.Sequential(*network(), Breaks()), Stripes(), recipe=QUICK, checkpoint=file,
+            log=lambda record: saved.append(file.read_bytes()),
+        )  # fmt: skip
+    assert saved == [file.read_bytes()]  # of the first epoch's end
+
+
 def test_the_checkpoint_is_readable_without_pickle(tmp_path: Path) -> None:
     file = tmp_path / "new" / "run.safetensors"
     finetune(network(), Stripes(), recipe=replace(QUICK, epochs=1), checkpoint=file)
@@ -281,7 +323,10 @@ def test_refuses_the_checkpoint_of_another_run(tmp_path: Path, finished: bytes) 
     file.write_bytes(finished)
     refused(file, r"another run[\s\S]*recipe.lr 0.1, now 0.2", recipe=replace(QUICK, lr=0.2))
     refused(file, r"another run[\s\S]*model", model=network(1))
-    refused(file, r"another run[\s\S]*model", model=network(patch=(2, 1)))
+    swapped = network()
+    *rest, last, final = swapped[2].patches
+    swapped[2] = BlockReLU([*rest, final, last])  # the same patches on other channels
+    refused(file, r"another run[\s\S]*model", model=swapped)
     refused(file, r"another run[\s\S]*teacher None, now", teacher=network())
     refused(file, r"another run[\s\S]*data.train 96, now 80", data=Stripes(train=80))
 

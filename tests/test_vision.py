@@ -73,7 +73,7 @@ def random_choices(graph: Graph) -> dict[str, dict[str, list[list[int]]]]:
 def test_lowered_networks_equal_torch(spec):
     model, shape = network(spec)
     program = lower(model, shape)
-    assert gap(model, program, torch.randn(2, *shape)) < 1e-4
+    assert gap(model, program, torch.randn(2, *shape), least=1e-3) < 1e-4
     assert sum(isinstance(op, Relu) for op in program.ops) == NETWORKS[spec][1]
 
 
@@ -89,7 +89,7 @@ def test_random_patches_at_every_site(spec):
     assert sum(isinstance(m, BlockReLU) for m in placed.module.modules()) == len(choices)
     program = lower(placed.module, shape)
     x = torch.randn(2, *shape)
-    assert gap(placed.module, program, x) < 1e-4
+    assert gap(placed.module, program, x, least=1e-3) < 1e-4
     with torch.no_grad():
         assert not torch.allclose(placed.module(x.double()), model(x.double()), rtol=0.1)
     lowered = {op.name: [list(p) for p in op.patches] for op in program.ops if isinstance(op, Relu)}
@@ -102,7 +102,7 @@ def test_random_patches_at_every_site(spec):
 def test_every_option_is_measured(spec):
     model, shape = network(spec)
     problem = METHOD.measure(
-        trace(model, shape), images(shape, 2), cost=Plain().price, workdir=None, progress=lambda *_: None
+        trace(model, shape), images(shape, 2), cost=Plain(), workdir=None, progress=lambda *_: None
     )
     assert len(problem.tables) == NETWORKS[spec][1]
     assert all((t.loss[:, -1] > 0).any() for t in problem.tables)

@@ -42,11 +42,11 @@ class _View:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.out = Console(highlight=False)
+        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
     def say(self, text: str) -> None:
         if not self.as_json:
-            self.out.print(text)
+            self.out.print(text, soft_wrap=True)
 
     def table(self, table: Table) -> None:
         if not self.as_json:
@@ -81,7 +81,7 @@ def _grid(title: str, *columns: str) -> Table:
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
     )
     for k, name in enumerate(columns):
-        table.add_column(name, justify="left" if k == 0 else "right", no_wrap=k == 0)
+        table.add_column(name, justify="left" if k == 0 else "right", no_wrap=True)
     return table
 
 
@@ -145,6 +145,9 @@ def search(
         str, typer.Option(help="Shell patterns of activations to decide, comma-separated.")
     ] = "*",
     samples: Annotated[int, typer.Option(help="Training images behind each predicted loss.")] = 256,
+    repair: Annotated[
+        bool, typer.Option(help="Charge an option for what remains after rescaling its channel.")
+    ] = True,
     verify: Annotated[int, typer.Option(help="Options measured exactly, for the rank correlation.")] = 100,
     max_pool: Annotated[str, typer.Option(help="keep, or avg: average-pools instead.")] = "keep",
     relu6: Annotated[str, typer.Option(help="keep (two comparisons), or relu.")] = "keep",
@@ -162,7 +165,7 @@ def search(
     view = _View(as_json)
     shard = launch(devices, nodes, accelerator)
     config = {
-        "sites": sites, "samples": samples, "verify": verify, "max_pool": max_pool, "relu6": relu6,
+        "sites": sites, "samples": samples, "repair": repair, "verify": verify, "max_pool": max_pool, "relu6": relu6,
         "seed": seed,
     }  # fmt: skip
     with view.progress() as progress:
@@ -207,6 +210,7 @@ def finetune(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
+    hints: Annotated[float | None, typer.Option(help="Weight of the teacher's activations.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     devices: Annotated[int | None, typer.Option(help="Devices per machine.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
@@ -224,7 +228,7 @@ def finetune(
     view = _View(as_json)
     opened = Bundle.open(bundle)
     recipe = pipeline.with_limit(
-        Recipe(), epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, devices=devices, nodes=nodes,
+        Recipe(), epochs=epochs, lr=lr, batch_size=batch_size, hints=hints, seed=seed, devices=devices, nodes=nodes,
         accelerator=accelerator, precision=precision,
     )  # fmt: skip
 
@@ -299,17 +303,17 @@ def run(
 def _show_measurement(view: _View, measured: Any) -> None:
     table = _grid(
         f"Measured: {measured.runtime}, batch of {measured.batch}",
-        "op", "kind", "DReLUs", "online bytes", "offline bytes", "rounds", "online ms",
+        "op", "DReLUs", "online bytes", "offline bytes", "rounds", "online ms",
     )  # fmt: skip
     for trace in measured.ops:
         c = trace.cost
         numbers = (c.drelus, c.online_bytes, c.offline_bytes, c.rounds)
         if any(numbers) or c.online_ms >= 0.05:
             shown = ("" if not v else f"{v:,.0f}" for v in numbers)
-            table.add_row(trace.op, trace.kind, *shown, f"{c.online_ms:,.1f}")
+            table.add_row(trace.op, *shown, f"{c.online_ms:,.1f}")
     t = measured.total
     totals = (t.drelus, t.online_bytes, t.offline_bytes, t.rounds)
-    table.add_row("total", "", *(f"{v:,.0f}" for v in totals), f"{t.online_ms:,.1f}", style="bold")
+    table.add_row("total", *(f"{v:,.0f}" for v in totals), f"{t.online_ms:,.1f}", style="bold")
     view.table(table)
     for title, links in (("online", measured.links), ("offline", measured.offline_links)):
         if links:

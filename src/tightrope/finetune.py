@@ -23,6 +23,7 @@ from tightrope import checkpoint as disk
 from tightrope.data import Data
 from tightrope.errors import InputError
 from tightrope.evaluate import accuracy, count_hits, recalibrate
+from tightrope.hints import rewritten_sites, with_named_sites
 from tightrope.recipe import SEED_STRIDE, Recipe, learning_rate
 from tightrope.training import Training
 from tightrope.types import Json
@@ -64,6 +65,8 @@ def finetune(
         rank, world = fabric.global_rank, fabric.world_size
         run = _identity(model, teacher, data, recipe)
         found = None if checkpoint is None else disk.load(checkpoint, run)
+        if teacher is not None and recipe.hints and rewritten_sites(model):
+            teacher = with_named_sites(teacher, data.input_shape)
         state = Training.start(model, teacher, recipe, fabric)
         batch = recipe.batch_size // world
         images = min(data.size("train"), recipe.limit or data.size("train"))

@@ -67,7 +67,7 @@ def search(
     classes, channels = len(images.classes), images.input_shape[0]
     net = models.resolve(model, num_classes=classes, in_channels=channels, weights=weights)
     graph = trace(net, images.input_shape)
-    cost = runtime_type(runtime)().price
+    cost: Runtime = runtime_type(runtime)()
     Bundle.check_target(out)
     problem = chosen.measure(
         graph,

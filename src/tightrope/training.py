@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tightrope.checkpoint import Checkpoint
 from tightrope.errors import InputError
+from tightrope.hints import Hints
 from tightrope.recipe import SEED_STRIDE, Recipe
 
 
@@ -28,6 +29,7 @@ class Training:
     teacher: nn.Module | None
     optimizer: torch.optim.Optimizer
     wrapped_optimizer: Any
+    hints: Hints | None
     step: int = 0
     epoch: int = 0  # epochs that ended with a record
     loss: float = 0.0  # summed over the steps of the unfinished epoch
@@ -51,7 +53,8 @@ class Training:
         average = copy.deepcopy(net).requires_grad_(False) if recipe.ema else net
         if teacher is not None:
             teacher = _copy(teacher, recipe).to(fabric.device).eval()
-        return cls(recipe, fabric, net, wrapped, average, teacher, optimizer, wrapped_optimizer)
+        hints = Hints(net, teacher) if teacher is not None and recipe.hints else None
+        return cls(recipe, fabric, net, wrapped, average, teacher, optimizer, wrapped_optimizer, hints)
 
     def learn(self, x: Tensor, y: Tensor, lr: float) -> None:
         """One step on a batch."""
@@ -70,6 +73,8 @@ class Training:
         if self.step == 0:
             _check_outputs(outputs, soft, y)
         loss = objective(outputs, y, soft, recipe)
+        if self.hints is not None:
+            loss = loss + recipe.hints * self.hints.loss()
         self.loss += self._finite(float(loss.detach()))
         self.wrapped_optimizer.zero_grad()
         fabric.backward(loss)

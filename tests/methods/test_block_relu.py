@@ -32,7 +32,7 @@ SMALL = BlockReluMethod(samples=12, batch_size=8, verify=0)
 
 def measure(net: nn.Module, data: Images, method: BlockReluMethod = SMALL, workdir=None):
     graph = trace(net, tuple(data.x.shape[1:]))
-    return method.measure(graph, data, cost=Plain().price, workdir=workdir, progress=lambda *_: None)
+    return method.measure(graph, data, cost=Plain(), workdir=workdir, progress=lambda *_: None)
 
 
 def partition(patch: tuple[int, int], size: tuple[int, int]) -> bytes:
@@ -149,7 +149,7 @@ def test_an_interrupted_measurement_keeps_what_was_done(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        SMALL.measure(trace(net, SHAPE), data, cost=Plain().price, workdir=tmp_path, progress=stop)
+        SMALL.measure(trace(net, SHAPE), data, cost=Plain(), workdir=tmp_path, progress=stop)
     assert len(list(tmp_path.iterdir())) == 4
     assert measure(net, data, workdir=tmp_path).meta["passes"] == 2 * (1 + 5)
 
@@ -242,7 +242,7 @@ def test_infeasible_budgets_are_found_before_any_image_is_read():
 
     with pytest.raises(InputError, match="too small"):
         SMALL.measure(
-            trace(settle(TinyResNet()), SHAPE), data, cost=Plain().price, workdir=None,
+            trace(settle(TinyResNet()), SHAPE), data, cost=Plain(), workdir=None,
             progress=lambda *_: None, feasible=refuse,
         )  # fmt: skip
     assert not data.reads

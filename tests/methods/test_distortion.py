@@ -29,7 +29,7 @@ OPTIONS = [(1, 1), (2, 2), (3, 5), (1, 8), (8, 8), (0, 0)]
 
 
 def zeros(site: Site, options) -> Distortion:
-    return Distortion(torch.zeros(site.shape[0], len(options), dtype=torch.float64))
+    return Distortion.zeros(site.shape[0], len(options))
 
 
 def fast(graph: Graph, site: Site, options, x) -> torch.Tensor:

@@ -12,12 +12,19 @@ from torch import nn
 from tightrope.data import Data
 from tightrope.errors import InputError, near
 from tightrope.graph import Graph
-from tightrope.program import Op
+from tightrope.program import Op, Program
 from tightrope.shard import Shard
 from tightrope.types import Budget, Cost, Json, Problem, Site
 
-CostModel = Callable[[Op], Cost]  # per sample, of one op taken alone
 Progress = Callable[[str, int, int], None]  # what, done, of
+
+
+class CostModel(Protocol):
+    """What a runtime charges, per sample: one op taken alone, and every op of a program."""
+
+    def price(self, op: Op) -> Cost: ...
+
+    def prices(self, program: Program) -> dict[str, Cost]: ...
 
 
 class Method(Protocol):

@@ -43,6 +43,10 @@ class Runtime(Protocol):
         """What one op costs per sample, taken alone: how a method compares options."""
         ...
 
+    def prices(self, program: Program) -> dict[str, Cost]:
+        """What every op of a program costs per sample, what ops share counted once."""
+        ...
+
     def open(self, program: Program, mode: Mode = "execute") -> Session: ...
 
 

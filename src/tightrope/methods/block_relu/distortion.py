@@ -5,6 +5,9 @@ of the same number for all channels and patches at once, from one backward pass 
 With J the Jacobian of the outputs in the site's value y, and delta = y_patch - y in one channel, the
 change is J delta. Its sum over a tile factors, gate * sum(J z), so that one summed-area table of J z
 serves every patch (z is the input of the site).
+
+Repaired: the same after the layers that follow have rescaled the channel, which fine-tuning does at once:
+the minimum over a of the mean squared J (a y_patch - y), in closed form from three sums.
 """
 
 from __future__ import annotations
@@ -22,11 +25,29 @@ from tightrope.types import Site
 
 @dataclass
 class Distortion:
-    """Running sums for one site: `squares` (C, K) of the changed outputs over `images` images."""
+    """Running sums for one site, over images and output directions.
+
+    `squares` (C, K) of the changes J (y_patch - y), `powers` (C, K) of J y_patch, `products` (C, K) of
+    J y_patch with J y, `power` (C, 1) of J y. `active`: whether any option changed the site's own value.
+    """
 
     squares: Tensor
+    powers: Tensor
+    products: Tensor
+    power: Tensor
     images: int = 0
-    active: bool = False  # whether any option changed the site's own value at all
+    active: bool = False
+
+    @classmethod
+    def zeros(cls, channels: int, options: int) -> Distortion:
+        wide = torch.zeros(channels, options, dtype=torch.float64)
+        return cls(wide, wide.clone(), wide.clone(), torch.zeros(channels, 1, dtype=torch.float64))
+
+    @property
+    def repaired(self) -> Tensor:
+        """`squares` after the best rescaling of each option, (C, K); never above `squares`."""
+        best = self.power - self.products.square() / self.powers.clamp_min(1e-300)
+        return torch.minimum(best.clamp_min(0), self.squares)
 
 
 def _area(table: Tensor, edges: tuple[Tensor, Tensor]) -> Tensor:
@@ -93,10 +114,14 @@ def accumulate(
         for site, row in zip(sites, rows, strict=True):
             if row is not None:
                 z, y = seen[site.name]
-                square = _changes(
+                new, old = _responses(
                     graph, site, z, _map(y.detach()), _map(row), options[site.name], gates[site.name]
                 )
-                sums[site.name].squares += weight * square.cpu()
+                mine = sums[site.name]
+                mine.squares += weight * (new - old).square().sum(0).cpu()
+                mine.powers += weight * new.square().sum(0).cpu()
+                mine.products += weight * (new * old).sum(0).cpu()
+                mine.power += weight * old.square().sum(0).cpu()
     for site in sites:
         z, y = seen[site.name]
         sums[site.name].images += len(x)
@@ -121,10 +146,10 @@ def _gates(graph: Graph, site: Site, z: Tensor, patches: list[Patch]) -> Gates:
     ]
 
 
-def _changes(
+def _responses(
     graph: Graph, site: Site, z: Tensor, y: Tensor, row: Tensor, patches: list[Patch], gates: Gates
-) -> Tensor:
-    """Sum over the batch of (v J delta)^2, (C, K), for one direction."""
+) -> tuple[Tensor, Tensor]:
+    """v J y_patch (N, C, K) and v J y (N, C, 1) in float64, for one direction v."""
     upper = upper_of(graph, site)
     size = (z.shape[-2], z.shape[-1])
     base = (row * y).sum((-2, -1))
@@ -141,8 +166,8 @@ def _changes(
                 new = (sums * gate).sum((-2, -1))
             else:
                 new = (sums * (gate & ~above) + upper * _area(plain, edges) * above).sum((-2, -1))
-        columns.append((new - base).double().square().sum(0))
-    return torch.stack(columns, 1)
+        columns.append(new)
+    return torch.stack(columns, -1).double(), base[..., None].double()
 
 
 class Suffix:

@@ -32,6 +32,14 @@ SINGLE = Shard()
 CHUNK = 4  # sites measured by the same passes: bounds memory, and is the unit of resuming
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Mean squared change of the outputs per channel and option (C, K), as it is and after rescaling."""
+
+    raw: NDArray[np.float64]
+    repaired: NDArray[np.float64]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockReluMethod:
     """Configuration and method in one.
@@ -39,6 +47,7 @@ class BlockReluMethod:
     `sites`: shell patterns of the activations to decide; the others stay as they are.
     `samples`: training images behind every predicted loss. `directions`: output directions measured at
     most; with more outputs, random probes. `verify`: options measured exactly for the rank correlation.
+    `repair`: charge an option only for what remains after the next layers have rescaled its channel.
     `max_pool`: "avg" turns max-pools into average pools first; `relu6`: "relu" turns ReLU6 into ReLU.
     """
 
@@ -47,6 +56,7 @@ class BlockReluMethod:
     batch_size: int = 64
     directions: int = 16
     verify: int = 100
+    repair: bool = True
     max_pool: Literal["keep", "avg"] = "keep"
     relu6: Literal["keep", "relu"] = "keep"
     seed: int = 0
@@ -116,7 +126,8 @@ class BlockReluMethod:
                     _write(workdir, site, key, fresh[site.name], options[site.name])
             progress("distortion", min(start + CHUNK, len(missing)), len(missing))
         check = self._verify(ready, sites, options, losses, data, progress, shard)
-        tables, fixed, baseline = self._priced(program, sites, options, losses, cost)
+        chosen = {name: loss.repaired if self.repair else loss.raw for name, loss in losses.items()}
+        tables, fixed, baseline = self._priced(program, sites, options, chosen, cost)
         meta = {
             "method": self.name,
             "config": asdict(self),
@@ -147,11 +158,8 @@ class BlockReluMethod:
 
     def _fast(
         self, graph: Graph, sites: Sequence[Site], options: Options, data: Data, shard: Shard
-    ) -> tuple[dict[str, NDArray[np.float64]], int]:
-        sums = {
-            s.name: Distortion(torch.zeros(s.shape[0], len(options[s.name]), dtype=torch.float64))
-            for s in sites
-        }
+    ) -> tuple[dict[str, Losses], int]:
+        sums = {s.name: Distortion.zeros(s.shape[0], len(options[s.name])) for s in sites}
         generator = torch.Generator(shard.device).manual_seed(self.seed + shard.rank)
         graph.module.to(shard.device)
         passes = 0
@@ -163,11 +171,17 @@ class BlockReluMethod:
         result = {}
         for site in sites:
             mine = sums[site.name]
-            squares = shard.total(mine.squares)
             images, active = shard.total(torch.tensor([mine.images, int(mine.active)])).tolist()
-            if active and not squares.any():
+            whole = Distortion(
+                squares=shard.total(mine.squares),
+                powers=shard.total(mine.powers),
+                products=shard.total(mine.products),
+                power=shard.total(mine.power),
+            )
+            if active and not whole.squares.any():
                 raise _no_influence(site, "distortion exactly 0 for every option")
-            result[site.name] = (squares / (images * outputs)).numpy()
+            scale = 1 / (images * outputs)
+            result[site.name] = Losses(*(scale * t.numpy() for t in (whole.squares, whole.repaired)))
         return result, passes
 
     def _verify(
@@ -175,7 +189,7 @@ class BlockReluMethod:
         graph: Graph,
         sites: Sequence[Site],
         options: Options,
-        losses: dict[str, NDArray[np.float64]],
+        losses: dict[str, Losses],
         data: Data,
         progress: Progress,
         shard: Shard,
@@ -205,7 +219,7 @@ class BlockReluMethod:
                     sums[i] += len(x) * exact(suffix, c, options[site.name][k], upper_of(graph, site))
             progress("exact check", done + 1, len(images))
         sums = shard.total(sums)
-        fast = np.array([losses[s.name][c, k] for s, c, k in picked])
+        fast = np.array([losses[s.name].raw[c, k] for s, c, k in picked])
         measured = (sums[:-1] / sums[-1]).numpy()
         return {
             "verified": len(picked),
@@ -222,14 +236,14 @@ class BlockReluMethod:
         cost: CostModel,
     ) -> tuple[tuple[Table, ...], Cost, Cost]:
         chosen = {s.name for s in sites}
-        fixed = total(cost(op) for op in program.ops if op.name not in chosen)
-        baseline = total(cost(op) for op in program.ops)
+        baseline = total(cost.prices(program).values())
+        fixed = baseline + total(cost.price(op) for op in program.ops if op.name in chosen).scaled(-1)
         tables = []
         for site in sites:
             op = program.op(site.name)
             assert isinstance(op, Relu)
             C = site.shape[0]
-            costs = [cost(replace(op, patches=(patch,) * C)) for patch in options[site.name]]
+            costs = [cost.price(replace(op, patches=(patch,) * C)) for patch in options[site.name]]
             priced = {m: np.array([getattr(c, m) / C for c in costs]) for m in METRICS}
             tables.append(
                 Table(
@@ -293,14 +307,14 @@ def _path(workdir: Path, site: Site) -> Path:
     return workdir / f"{site.name}.npz"
 
 
-def _read(workdir: Path | None, site: Site, key: str, options: list[Patch]) -> NDArray[np.float64] | None:
+def _read(workdir: Path | None, site: Site, key: str, options: list[Patch]) -> Losses | None:
     """The saved losses of a site; None when there are none, or they belong to another measurement."""
     if workdir is None or not _path(workdir, site).exists():
         return None
     try:
         with _path(workdir, site).open("rb") as f, np.load(f, allow_pickle=False) as saved:
             same = str(saved["key"]) == key and saved["patches"].tolist() == [list(p) for p in options]
-            return saved["loss"] if same else None
+            return Losses(saved["raw"], saved["repaired"]) if same else None
     except Exception as error:  # a damaged zip raises almost anything
         raise BundleError(
             "a saved distortion file is damaged",
@@ -310,9 +324,7 @@ def _read(workdir: Path | None, site: Site, key: str, options: list[Patch]) -> N
         ) from error
 
 
-def _write(
-    workdir: Path | None, site: Site, key: str, loss: NDArray[np.float64], options: list[Patch]
-) -> None:
+def _write(workdir: Path | None, site: Site, key: str, losses: Losses, options: list[Patch]) -> None:
     if workdir is not None:
-        arrays = {"key": np.array(key), "loss": loss, "patches": np.array(options)}
-        atomic_write(_path(workdir, site), lambda f: np.savez(f, **arrays))  # type: ignore[arg-type]
+        arrays = {"key": np.array(key), "patches": np.array(options)} | vars(losses)
+        atomic_write(_path(workdir, site), lambda f: np.savez(f, **arrays))

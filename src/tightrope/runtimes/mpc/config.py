@@ -96,6 +96,12 @@ class MPC:
 
         return price(op, self)
 
+    def prices(self, program: Program) -> dict[str, Cost]:
+        """What every op adds per sample among the others (`cost.prices`); needs no calibrated ranges."""
+        from tightrope.runtimes.mpc.cost import prices
+
+        return prices(program, self)
+
     def cost(self, program: Program, op: Op, batch: int = 1) -> Cost:
         """What `op` will cost for a batch, exactly as a run counts it; `cost.costs` gives all ops at once.
 

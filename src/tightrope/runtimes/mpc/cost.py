@@ -16,6 +16,7 @@ from tightrope.runtimes.mpc.steps import (
     Message,
     Multiply,
     Open,
+    Reveal,
     Step,
     Truncate,
     Wire,
@@ -125,7 +126,43 @@ def price(op: Op, config: MPC) -> Cost:
     opening and its result, and two where a layer reads a layer. An op that this runtime cannot execute has
     the DReLUs, MACs and weights that every runtime would count, and no communication.
     """
-    steps = ALONE.get(type(op), _nothing)(op, config)
+    return _price(op, ALONE.get(type(op), _nothing)(op, config))
+
+
+def prices(program: Program, config: MPC) -> dict[str, Cost]:
+    """The price of every op among the others: a value that several layers read is opened once, and the
+    output is revealed. Needs no calibrated ranges; see `price` for what it assumes.
+    """
+    opened: set[str] = set()
+    static = {Program.INPUT: False}  # whether the client's share is known offline, and so its opening
+    found = {}
+    for op in program.ops:
+        steps = ALONE.get(type(op), _nothing)(op, config)
+        if isinstance(op, Conv2d | Linear):
+            source = _wire(program.shape(op.inputs[0]), config.fraction_bits)
+            steps = tuple(replace(step, wire=source) if isinstance(step, Open) else step for step in steps)
+            if op.inputs[0] in opened:
+                steps = tuple(step for step in steps if not isinstance(step, Open))
+            opened.add(op.inputs[0])
+            static[op.name] = True
+        elif isinstance(op, Relu):
+            steps = tuple(
+                replace(step, input=replace(step.input, static=static[op.inputs[0]]))
+                for step in steps
+                if isinstance(step, Gate | Truncate)
+            )
+            static[op.name] = False
+        else:
+            static[op.name] = all(static[value] for value in op.inputs)
+        found[op.name] = _price(op, steps)
+    if program.output in found:
+        reveal = Reveal(index=0, op=program.output, wire=_wire(program.shape(program.output), 0))
+        revealed = sum(_payload(m) for exchange in reveal.online for m in exchange)
+        found[program.output] += Cost(online_bytes=revealed, rounds=len(reveal.online))
+    return found
+
+
+def _price(op: Op, steps: tuple[Step, ...]) -> Cost:
     online = [m for step in steps for exchange in step.online for m in exchange]
     return base_cost(op) + Cost(
         online_bytes=sum(_payload(m) for m in online),

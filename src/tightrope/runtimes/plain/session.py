@@ -170,6 +170,9 @@ class Plain:
     def price(self, op: Op) -> Cost:
         return base_cost(op)
 
+    def prices(self, program: Program) -> dict[str, Cost]:
+        return {op.name: base_cost(op) for op in program.ops}
+
     def open(self, program: Program, mode: Literal["simulate", "execute"] = "execute") -> PlainSession:
         return PlainSession(program)
 
