@@ -165,8 +165,8 @@ def search(
     view = _View(as_json)
     shard = launch(devices, nodes, accelerator)
     config = {
-        "sites": sites, "samples": samples, "repair": repair, "verify": verify, "max_pool": max_pool, "relu6": relu6,
-        "seed": seed,
+        "sites": sites, "samples": samples, "repair": repair, "verify": verify, "max_pool": max_pool,
+        "relu6": relu6, "seed": seed,
     }  # fmt: skip
     with view.progress() as progress:
         bundle = pipeline.search(
@@ -228,8 +228,8 @@ def finetune(
     view = _View(as_json)
     opened = Bundle.open(bundle)
     recipe = pipeline.with_limit(
-        Recipe(), epochs=epochs, lr=lr, batch_size=batch_size, hints=hints, seed=seed, devices=devices, nodes=nodes,
-        accelerator=accelerator, precision=precision,
+        Recipe(), epochs=epochs, lr=lr, batch_size=batch_size, hints=hints, seed=seed, devices=devices,
+        nodes=nodes, accelerator=accelerator, precision=precision,
     )  # fmt: skip
 
     def show(entry: Mapping[str, Any]) -> None:
