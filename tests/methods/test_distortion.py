@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.func import jacrev
 
@@ -206,3 +207,29 @@ def test_sites_are_measured_together_as_apart():
         alone = fast(graph, site, options[site.name], x)
         torch.testing.assert_close(sums[site.name].squares / 15, alone, rtol=1e-9, atol=1e-15)
     assert not any(m._forward_hooks for m in graph.module.modules())
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
+def test_the_repaired_loss_is_the_least_over_all_rescalings(activation):
+    """Against a search over the factor, with the layers after the site linear, so that J is exact."""
+    model = Chain(conv(3, 4), lambda x: 6 * x, activation, conv(4, 4), nn.Flatten(), nn.Linear(256, 3))
+    graph = trace(model.double().eval(), SHAPE)
+    site = graph.sites[0]
+    x = torch.randn(6, *SHAPE).double()
+    sums, generator = {site.name: zeros(site, OPTIONS)}, torch.Generator().manual_seed(0)
+    accumulate(graph, [site], {site.name: OPTIONS}, x, sums, most_directions=16, generator=generator)
+    repaired = sums[site.name].repaired / (len(x) * 3)
+    raw = sums[site.name].squares / (len(x) * 3)
+    suffix, upper = Suffix(graph, site, x), upper_of(graph, site)
+    for c in range(site.shape[0]):
+        for k, patch in enumerate(OPTIONS):
+
+            def loss(a: float, c: int = c, patch: tuple[int, int] = patch) -> float:
+                changed = suffix.value.clone()
+                changed[:, c : c + 1] = a * BlockReLU([patch], upper)(suffix.input[:, c : c + 1])
+                return float((suffix.run(changed) - suffix.output).square().mean())
+
+            least = minimize_scalar(loss, bracket=(0.0, 1.0), tol=1e-10).fun
+            assert float(repaired[c, k]) == pytest.approx(least, rel=1e-6, abs=1e-12)
+    assert (repaired <= raw).all()
+    assert (repaired[:, 1:] < 0.99 * raw[:, 1:]).any()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from small_networks import NETWORKS, network
+from small_networks import NETWORKS, Residual, network
 from tightrope.errors import InputError, TraceError
 from tightrope.lower import lower
 from tightrope.nn import BlockReLU
@@ -204,3 +204,15 @@ def test_ranges_are_required_and_checked() -> None:
 def test_a_configuration_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         MPC(**wrong)
+
+
+def test_prices_in_context_count_shared_openings_once_and_late_ones_twice() -> None:
+    """A shortcut shares its opening with the block; behind an identity shortcut both openings are online."""
+    program, config = calibrated(Residual(), (2, 8, 8)), MPC()
+    cost = costs(program, config, batch=8)
+    frames = sum(len(e) for s in compile_program(program, config).steps for e in s.online)
+    prices = config.prices(program)
+    assert set(prices) == {op.name for op in program.ops}
+    assert 8 * sum(p.online_bytes for p in prices.values()) == cost.total.online_bytes - frames * HEADER_BYTES
+    assert 8 * sum(p.drelus for p in prices.values()) == cost.total.drelus
+    assert prices["short"].online_bytes == 0 < prices["conv1"].online_bytes
