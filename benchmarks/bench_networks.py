@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from _rows import row, write
-from tightrope import pipeline
+from tightrope import models, pipeline
 from tightrope.data import load
 from tightrope.runtimes.plain import Plain
 
@@ -49,20 +50,35 @@ def colour_images(root: Path) -> Path:
     return root
 
 
+def random_weights(spec: str, classes: int, path: Path) -> Path:
+    """All weights random: timm starts residual branches at zero, where no ReLU has any influence."""
+    torch.manual_seed(0)
+    model = models.resolve(spec, num_classes=classes, in_channels=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return path
+
+
 def main() -> None:
     without_compiled_torchvision()
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:
         images = colour_images(Path(name) / "images")
         for spec in NETWORKS:
-            torch.manual_seed(0)
+            weights = random_weights(spec, len(list(images.iterdir())), Path(name) / "weights.safetensors")
             bundle = pipeline.search(
                 model=spec,
+                weights=weights,
                 data=str(images),
                 image_size=SIZE,
                 budget="drelus<=12%",
                 out=Path(name) / "bundle",
-                config={"samples": 32, "verify": 0, "batch_size": 16},
+                config={"samples": 32, "verify": 0, "batch_size": 16, "max_pool": "avg"},
             )
             plan = bundle.plan()
             model = pipeline.apply_plan(bundle)

@@ -51,6 +51,9 @@ def select(problem: Problem, budget: Budget) -> Selection:
             else f"{budget}, that is {metric}<={limit:.15g}",
             allowed=f"{Limit(metric, cheapest)} or more"
             + (f", of which {fixed:.15g} no choice can change" if fixed else ""),
+            fix="a larger budget, or fewer fixed costs: all sites, --max-pool avg, --relu6 relu"
+            if fixed
+            else None,
         )
     solution = solve([Block(t.loss, t.cost[metric]) for t in problem.tables], limit - fixed)
     picked = {t.site: c for t, c in zip(problem.tables, solution.choices, strict=True)}
