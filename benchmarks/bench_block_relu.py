@@ -33,7 +33,7 @@ from tightrope.types import Budget, Problem
 
 BARS = {"drelus<=12%": 1.5, "drelus<=6%": 3.0}  # points of test accuracy that may be lost
 MARGIN = 2.0  # points above the best control
-VARIANTS = ("tightrope", "uniform", "layers", "random")
+VARIANTS = ("tightrope", "per_layer", "uniform", "layers", "random")
 METHOD = BlockReluMethod(samples=512, verify=300)
 Job = tuple[str, str, int, int]  # budget, variant, seed, epochs
 

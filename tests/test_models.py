@@ -163,10 +163,10 @@ def test_files_that_give_no_network(tmp_path, source, spec, message):
         resolve(f"{tmp_path}/{spec}")
 
 
-def test_function_that_does_not_take_what_is_asked(tmp_path):
+def test_a_function_gets_what_it_takes_and_no_more(tmp_path):
     (tmp_path / "net.py").write_text(TEN)
-    with pytest.raises(InputError, match=r"does not take in_channels(.|\n)*ten\(num_classes=10\)"):
-        resolve(f"{tmp_path}/net.py:ten", in_channels=1)
+    net = resolve(f"{tmp_path}/net.py:ten", in_channels=1, num_classes=7)
+    assert net.out_features == 7
 
 
 # --- libraries --------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ NETWORKS = {
     "torchvision:densenet121": (32, 121),
     "timm:regnetx_002": (32, 40),
 }
-METHOD = BlockReluMethod(samples=2, batch_size=2, directions=2, verify=0)
+METHOD = BlockReluMethod(samples=2, batch_size=2, directions=2, verify=0, repair=False)
 
 
 def network(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:

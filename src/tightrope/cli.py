@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ def finetune(
     devices: Annotated[int | None, typer.Option(help="Devices per machine.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
     accelerator: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
-    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed, 16-mixed.")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true or bf16-mixed.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
     test: Annotated[bool, typer.Option("--test", help="Then read the test split, once.")] = False,
     as_json: AsJson = False,
@@ -336,10 +337,10 @@ def curve(
     view = _View(as_json)
     with view.progress() as progress:
         rows = pipeline.curve(Bundle.open(bundle), points=points, limit=limit, progress=progress)
-    table = _grid("Validation accuracy before training", "budget", "tightrope", "uniform", "random", "layers")
+    names = ("tightrope", "per_layer", "uniform", "random", "layers")
+    table = _grid("Validation accuracy before training", "budget", *names)
     for row in rows:
         found = row["accuracy"]
-        names = ("tightrope", "uniform", "random", "layers")
         table.add_row(f"{row['share']:.1%}", *(_percent(found[n]) if n in found else "" for n in names))
     view.table(table)
     view.result({"curve": rows})
@@ -374,6 +375,7 @@ def demo(out: Out = Path("runs/demo"), budget: BudgetText = "drelus<=12%", as_js
 
 def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve the other parties
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that parties and their files go too
     try:
         app(standalone_mode=True)
     except TightropeError as error:

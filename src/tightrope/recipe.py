@@ -39,7 +39,7 @@ class Recipe:
     temperature: float = 4.0
     hints: float = 1.0
     ema: float = 0.998
-    augment: bool = True
+    augment: bool = False
     limit: int | None = None
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

@@ -34,8 +34,8 @@ class Subject:
 
 SUBJECTS = {
     "plain": Subject(Plain(), "execute", 0.0, lambda program, op: Plain().price(op)),
-    "mpc simulate": Subject(MPC(), "simulate", 2.0**-16, MPC().cost),
-    "mpc execute": Subject(MPC(), "execute", 2.0**-16, MPC().cost),
+    "mpc simulate": Subject(MPC(noise_bits=0), "simulate", 2.0**-16, MPC().cost),
+    "mpc execute": Subject(MPC(noise_bits=0), "execute", 2.0**-16, MPC().cost),
 }
 CASES = [
     pytest.param(

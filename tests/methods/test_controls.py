@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tightrope.errors import BudgetError
@@ -50,7 +50,7 @@ def test_controls_meet_the_budget_and_never_beat_the_solver(problem, metric, sha
     limit = budget.limits[0].value
     best = select(problem, budget)
     found = controls(problem, budget, seed)
-    assert list(found) == ["uniform", "random", "layers"]
+    assert list(found) == ["uniform", "random", "per_layer", "layers"]
     for name, picked in found.items():
         result = price(problem, picked)
         assert getattr(result.cost, metric) <= limit * (1 + 1e-12), name
@@ -71,6 +71,7 @@ def test_controls_meet_the_budget_and_never_beat_the_solver(problem, metric, sha
 def test_layers_is_the_best_of_all_subsets(problem, metric, share):
     """Every subset of the sites is tried."""
     budget = budget_at(problem, metric, share)
+    limit = budget.limits[0].value
     losses = []
     for removed in itertools.product((False, True), repeat=len(problem.tables)):
         picked = {
@@ -78,9 +79,27 @@ def test_layers_is_the_best_of_all_subsets(problem, metric, share):
             for t, gone in zip(problem.tables, removed, strict=True)
         }
         result = price(problem, picked)
-        if getattr(result.cost, metric) <= budget.limits[0].value:
+        cost = getattr(result.cost, metric)
+        assume(cost == limit == round(cost) or abs(cost - limit) > 1e-9 * limit)  # no tie by rounding
+        if cost <= limit:
             losses.append(result.loss)
     assert price(problem, controls(problem, budget)["layers"]).loss == pytest.approx(min(losses), rel=1e-9)
+
+
+@settings(max_examples=40)
+@given(problems(), st.floats(0, 1.2))
+def test_per_layer_is_the_best_of_all_uniform_sites(problem, share):
+    budget = budget_at(problem, "drelus", share)
+    losses = []
+    for choice in itertools.product(*(range(len(t.labels)) for t in problem.tables)):
+        result = price(
+            problem, {t.site: np.full(len(t.loss), k) for t, k in zip(problem.tables, choice, strict=True)}
+        )
+        if result.cost.drelus <= budget.limits[0].value:
+            losses.append(result.loss)
+    found = controls(problem, budget)["per_layer"]
+    assert all(len(set(found[t.site])) == 1 for t in problem.tables)
+    assert price(problem, found).loss == pytest.approx(min(losses), rel=1e-9)
 
 
 @settings(max_examples=60)

@@ -51,8 +51,8 @@ def test_every_step_equals_the_integer_model(name: str, monkeypatch: pytest.Monk
     """Linear maps exactly, truncation within one unit, gates but where the sum is within the dropped bits."""
     recorder = Recorder(monkeypatch)
     program, x = network(name), images(8, seed=3)
-    schedule = compile_program(program, MPC())
-    with MPC().open(program, "simulate") as session:
+    schedule = compile_program(program, MPC(noise_bits=0))
+    with MPC(noise_bits=0).open(program, "simulate") as session:
         session.run(x.numpy())
     values = {Program.INPUT: recorder.value(Program.INPUT)}
     assert torch.equal(values[Program.INPUT], torch.round(x.double() * 2**22).long())
@@ -79,7 +79,7 @@ def test_every_step_equals_the_integer_model(name: str, monkeypatch: pytest.Monk
 def test_outputs_and_counts_for_any_batch_size(size: int) -> None:
     """Odd sizes leave the last byte of packed bits partly empty."""
     program, x = network("patches"), images(size, seed=size)
-    config = MPC()
+    config = MPC(noise_bits=0)
     with config.open(program, "simulate") as session:
         y, measured = session.run(x.numpy())
     assert y.shape == (size, 5)
@@ -92,19 +92,26 @@ def test_outputs_and_counts_for_any_batch_size(size: int) -> None:
 
 def test_a_large_batch_is_run_in_pieces_and_costs_what_was_predicted() -> None:
     program, x = network("patches"), images(7)
-    config = MPC(material_bytes=3 * int(costs(program, MPC()).total.offline_bytes))
+    config = MPC(noise_bits=0, material_bytes=3 * int(costs(program, MPC(noise_bits=0)).total.offline_bytes))
     with config.open(program, "simulate") as session:
         y, measured = session.run(x.numpy())
-    assert np.abs(y - oracle.evaluate(program, compile_program(program, MPC()), x.numpy())).max() < 2**-16
+    assert (
+        np.abs(y - oracle.evaluate(program, compile_program(program, MPC(noise_bits=0)), x.numpy())).max()
+        < 2**-16
+    )
     predicted = costs(program, config, 7)
-    assert predicted.total.rounds == 3 * costs(program, MPC()).total.rounds == measured.total.rounds
-    assert predicted.total.weights == measured.total.weights == costs(program, MPC()).total.weights
+    assert (
+        predicted.total.rounds == 3 * costs(program, MPC(noise_bits=0)).total.rounds == measured.total.rounds
+    )
+    assert (
+        predicted.total.weights == measured.total.weights == costs(program, MPC(noise_bits=0)).total.weights
+    )
     assert (predicted.links, predicted.offline_links) == (measured.links, measured.offline_links)
 
 
 def test_executed_comparisons_are_those_of_the_plan() -> None:
     program = network("patches")
-    with MPC().open(program, "simulate") as session:
+    with MPC(noise_bits=0).open(program, "simulate") as session:
         _, measured = session.run(images(2).numpy())
     planned = {op.name: 2 * op.drelus for op in program.ops if op.kind == "relu"}
     assert {t.op: t.cost.drelus for t in measured.ops if t.kind == "relu"} == planned
@@ -113,7 +120,7 @@ def test_executed_comparisons_are_those_of_the_plan() -> None:
 
 def test_each_batch_has_new_masks_and_the_same_result() -> None:
     program, x = network("residual"), images(4)
-    team = LocalTeam(program, MPC(), bytes(16))
+    team = LocalTeam(program, MPC(noise_bits=0), bytes(16))
     team.call("setup", 0)
     frames: dict[str, list[bytes]] = {"client": [], "server": []}  # both get the same words of a key
     outputs = []
@@ -148,7 +155,7 @@ def test_what_a_party_sees_is_uniform_whatever_the_input(value: float) -> None:
     """Chi-square over the bytes of all frames, weights and images constant; the dealer gets no frame."""
     program = network("residual")
     constant = {k: np.full_like(v, value / 8) for k, v in program.tensors.items()}
-    team = LocalTeam(replace(program, tensors=constant), MPC(), bytes(16))
+    team = LocalTeam(replace(program, tensors=constant), MPC(noise_bits=0), bytes(16))
     seen = received(team)
     team.call("setup", 0)
     team.call("offline", 16)
@@ -183,7 +190,7 @@ def test_a_batch_of_another_size_than_prepared_is_refused() -> None:
 
 
 def test_an_input_beyond_calibration_is_refused() -> None:
-    with MPC().open(network("patches"), "simulate") as session:
+    with MPC(noise_bits=0).open(network("patches"), "simulate") as session:
         with pytest.raises(InputError, match="calibration"):
             session.run(np.full((1, *INPUT), 1e3))
         with pytest.raises(InputError, match="shape"):
@@ -193,19 +200,19 @@ def test_an_input_beyond_calibration_is_refused() -> None:
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(InputError, match="mode"):
-        MPC().open(network("patches"), "emulate")  # type: ignore[arg-type]
+        MPC(noise_bits=0).open(network("patches"), "emulate")  # type: ignore[arg-type]
 
 
 OTHER = {
-    "program": (network("residual"), MPC(), bytes(16)),
-    "fraction_bits": (network("patches"), MPC(fraction_bits=20), bytes(16)),
-    "session": (network("patches"), MPC(), bytes(15) + b"x"),
+    "program": (network("residual"), MPC(noise_bits=0), bytes(16)),
+    "fraction_bits": (network("patches"), MPC(noise_bits=0, fraction_bits=20), bytes(16)),
+    "session": (network("patches"), MPC(noise_bits=0), bytes(15) + b"x"),
 }
 
 
 @pytest.mark.parametrize("what", OTHER)
 def test_parties_that_disagree_refuse_each_other_with_both_values(what: str) -> None:
-    usual = (network("patches"), MPC(), bytes(16))
+    usual = (network("patches"), MPC(noise_bits=0), bytes(16))
     clocks = {role: Clock() for role in ROLES}
     channels: dict[str, dict[str, Any]] = {role: {} for role in ROLES}
     for one, other in combinations(ROLES, 2):
@@ -230,4 +237,17 @@ def test_a_damaged_hello_is_refused() -> None:
     one, other = local_channels(("client", Clock()), ("server", Clock()), timeout_s=2)
     other.send(0, 1, b"[1, 2]")
     with pytest.raises(ProtocolError, match="hello"):
-        introduce("client", {"server": one}, bytes(16), network("patches"), MPC())
+        introduce("client", {"server": one}, bytes(16), network("patches"), MPC(noise_bits=0))
+
+
+def test_what_the_server_reveals_carries_fresh_noise_below_its_bound() -> None:
+    """The client must not read truncation carries off the last bits: same input, other noise each time."""
+    program = network("residual")
+    x = np.repeat(images(1, seed=1).numpy(), 8, 0)
+    with MPC(noise_bits=0).open(program, "simulate") as session:
+        exact, _ = session.run(x)
+    with MPC(noise_bits=10).open(program, "simulate") as session:
+        noisy = np.stack([session.run(x)[0] for _ in range(4)])
+    error = np.abs(noisy - exact[0])
+    assert 2**-12 < error.max() <= 2**-10 + 2**-18
+    assert np.unique(noisy).size == noisy.size

@@ -56,7 +56,7 @@ def after(delay_s: float, pid: int, number: int) -> None:
 
 
 def test_a_dealer_that_died_between_batches() -> None:
-    with MPC().open(network("patches"), "execute") as session:
+    with MPC(noise_bits=0).open(network("patches"), "execute") as session:
         session.run(images(2).numpy())
         before = pids(session)
         os.kill(before["dealer"], signal.SIGKILL)
@@ -70,7 +70,7 @@ def test_a_dealer_that_died_between_batches() -> None:
 
 
 def test_a_client_killed_in_the_middle_of_the_offline_phase() -> None:
-    with MPC().open(network("dense"), "execute") as session:
+    with MPC(noise_bits=0).open(network("dense"), "execute") as session:
         before = pids(session)
         after(0.3, before["client"], signal.SIGKILL)
         start = time.monotonic()
@@ -106,7 +106,7 @@ def test_a_port_in_use_is_an_input_error() -> None:
 
 
 def test_a_closed_session_leaves_no_process() -> None:
-    session = MPC().open(network("patches"), "execute")
+    session = MPC(noise_bits=0).open(network("patches"), "execute")
     before = pids(session)
     assert all(alive(pid) for pid in before.values())
     start = time.monotonic()
@@ -123,7 +123,7 @@ import sys, time
 sys.path[:0] = sys.argv[1:]
 from small_networks import network
 from tightrope.runtimes.mpc import MPC
-session = MPC().open(network("patches"), "execute")
+session = MPC(noise_bits=0).open(network("patches"), "execute")
 print(*(p.pid for p in session._team._processes.values()), flush=True)
 time.sleep(60)
 """

@@ -18,6 +18,7 @@ OURS = "tightrope"
 CONTROLS: dict[str, tuple[str, str, str]] = {  # key in curve.json: legend, style, mark
     "uniform": ("control: one patch for all", "s2", "square"),
     "random": ("control: random patches", "s3", "diamond"),
+    "per_layer": ("control: one patch per layer", "s5", "dot"),
     "layers": ("control: whole activations removed", "s4", "triangle"),
 }
 OTHER_CONTROL = ("s5", "dot")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +15,19 @@ Picked = Mapping[str, NDArray[np.intp]]
 
 def controls(problem: Problem, budget: Budget, seed: int = 0) -> dict[str, Picked]:
     """`uniform`: one patch for every channel. `random`: a random patch per channel, trimmed to fit.
-    `layers`: whole activations kept or removed, chosen by the same losses and the same solver.
+    `per_layer`: one patch per site, and `layers`: sites kept or removed whole, both chosen by the same losses
+    and the same solver.
 
     All meet the budget. Raises BudgetError like `select`.
     """
-    layers = _layers(problem, budget)  # first: it raises where there is nothing to choose
+    # first: it raises where there is nothing to choose
+    layers = _per_layer(problem, budget, lambda text: text in ("1x1", "identity"))
     metric = budget.limits[0].metric
     room = budget.resolve(problem.baseline)[metric] - getattr(problem.fixed, metric)
     return {
         "uniform": _uniform(problem, metric, room),
         "random": _random(problem, metric, room, np.random.default_rng(seed)),
+        "per_layer": _per_layer(problem, budget, lambda text: True),
         "layers": layers,
     }
 
@@ -88,21 +91,17 @@ def _random(problem: Problem, metric: str, room: float, generator: np.random.Gen
     return picked
 
 
-def _layers(problem: Problem, budget: Budget) -> Picked:
-    tables = []
-    for t in problem.tables:
-        ends = [t.labels.index("1x1"), t.labels.index("identity")]
-        tables.append(
-            Table(
-                t.site,
-                ("1x1", "identity"),
-                t.loss[:, ends].sum(0, keepdims=True),
-                {m: v[ends] * len(t.loss) for m, v in t.cost.items()},
-            )
+def _per_layer(problem: Problem, budget: Budget, keep: Callable[[str], bool]) -> Picked:
+    """The best choice of one option for all channels of a site, among the labels that `keep` accepts."""
+    kept = {t.site: [k for k, text in enumerate(t.labels) if keep(text)] for t in problem.tables}
+    tables = tuple(
+        Table(
+            t.site,
+            tuple(t.labels[k] for k in kept[t.site]),
+            t.loss[:, kept[t.site]].sum(0, keepdims=True),
+            {m: v[kept[t.site]] * len(t.loss) for m, v in t.cost.items()},
         )
-    whole = select(Problem(tuple(tables), problem.fixed, problem.baseline), budget)
-    result = {}
-    for t in problem.tables:
-        text = ("1x1", "identity")[int(whole.picked[t.site][0])]
-        result[t.site] = np.full(len(t.loss), t.labels.index(text))
-    return result
+        for t in problem.tables
+    )
+    whole = select(Problem(tables, problem.fixed, problem.baseline), budget)
+    return {t.site: np.full(len(t.loss), kept[t.site][int(whole.picked[t.site][0])]) for t in problem.tables}

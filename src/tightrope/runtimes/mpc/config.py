@@ -35,9 +35,11 @@ class MPC:
 
     fraction_bits: of activations; weight_bits: fractional bits of weights; a layer's result has both until
     it is truncated. margin: how far beyond its calibrated range a value may go before the ring or the
-    comparison could overflow. material_bytes: a larger batch is run in pieces, so that the dealer's material
-    for one takes no more. port: first of two consecutive loopback ports, 0 for free ones; timeout_s: how long
-    a party waits for another; threads: per party, 0 for half of the cores.
+    comparison could overflow. noise_bits: the server adds fresh uniform noise below 2^-noise_bits to what it
+    reveals, which hides the truncation carries from the client; 0 for none. material_bytes: larger batches
+    run in pieces, so that the dealer's material stays below this. port: first of two consecutive loopback
+    ports, 0 for free ones; timeout_s: how long a party waits for another; threads: per party, 0 for half of
+    the cores.
 
     Raises InputError for a value out of range.
     """
@@ -46,6 +48,7 @@ class MPC:
     fraction_bits: int = 22
     weight_bits: int = 22
     margin: float = 4.0
+    noise_bits: int = 8
     material_bytes: int = 1 << 31
     port: int = 0
     timeout_s: float = 60.0
@@ -63,6 +66,7 @@ class MPC:
             "fraction_bits": (4, 28),
             "weight_bits": (4, 28),
             "margin": (1.0, 2.0**20),
+            "noise_bits": (0, 28),
             "material_bytes": (1, 2**50),
             "port": (0, 65536 - PORTS),
             "timeout_s": (0.1, 86400.0),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tightrope.errors import InputError
 from tightrope.program import (
     Add,
     AvgPool2d,
@@ -33,8 +34,16 @@ from tightrope.runtimes.mpc.steps import Local, Multiply, Wire
 
 
 def encode(x: NDArray[Any], scale: int) -> Tensor:
-    """Real -> nearest multiple of 2^-scale, as int64 (|x| * 2^scale must stay below 2^63)."""
-    return torch.from_numpy(np.rint(np.asarray(x, np.float64) * 2.0**scale).astype(np.int64))
+    """Real -> nearest multiple of 2^-scale, as int64. Raises InputError where that is 2^62 or more."""
+    scaled = np.rint(np.asarray(x, np.float64) * 2.0**scale)
+    if not (np.abs(scaled) < 2.0**62).all():
+        raise InputError(
+            "a number does not fit the ring",
+            got=f"{float(np.abs(x).max()):.4g} at {scale} fractional bits",
+            allowed=f"below {2.0 ** (62 - scale):.4g}",
+            fix="fewer fraction_bits or weight_bits",
+        )
+    return torch.from_numpy(scaled.astype(np.int64))
 
 
 def decode(ring: Tensor, wire: Wire) -> NDArray[np.float64]:
@@ -57,8 +66,12 @@ def tensor(x: NDArray[np.uint64], shape: tuple[int, ...]) -> Tensor:
 def encode_weights(step: Multiply, tensors: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
     """(weight, bias) of a layer in the ring: the input's multiplier goes into the weight."""
     name = step.kernel.name
-    weight = encode(np.asarray(tensors[f"{name}.weight"], np.float64) * step.input.mu, step.weight_bits)
-    return weight, per_channel(encode(tensors[f"{name}.bias"], step.output.scale), step.output.shape)
+    try:
+        weight = encode(np.asarray(tensors[f"{name}.weight"], np.float64) * step.input.mu, step.weight_bits)
+        bias = encode(tensors[f"{name}.bias"], step.output.scale)
+    except InputError as error:
+        raise InputError(f"weights of {name}: {error}") from error
+    return weight, per_channel(bias, step.output.shape)
 
 
 def multiply(op: Conv2d | Linear, weight: Tensor, x: Tensor) -> Tensor:

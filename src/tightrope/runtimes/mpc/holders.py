@@ -6,6 +6,7 @@ opening is sent offline too (`Wire.static`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -233,7 +234,19 @@ def _client_reveal(party: Party, step: Reveal, batch: Batch) -> None:
 
 
 def _server_reveal(party: Party, step: Reveal, batch: Batch) -> None:
-    party.send(step, step.online[0][0], batch.size, {"result": words(batch.wires[step.wire.name])})
+    share = words(batch.wires[step.wire.name])
+    if party.config.noise_bits:
+        share = share + _noise(party, step, batch, share.shape)
+    party.send(step, step.online[0][0], batch.size, {"result": share})
+
+
+def _noise(party: Party, step: Reveal, batch: Batch, shape: tuple[int, ...]) -> U64:
+    """Uniform in [-2^-noise_bits, 2^-noise_bits), in units of the revealed wire."""
+    stream = party.streams[party.role].open("noise", step.index, batch.counter)
+    bits = max(0, step.wire.scale - party.config.noise_bits - math.ceil(math.log2(step.wire.mu))) + 1
+    if bits > 62:  # nothing that the ring could hold
+        return np.zeros(shape, np.uint64)
+    return (stream.ring(shape) >> np.uint64(64 - bits)) - np.uint64(1 << (bits - 1))
 
 
 Handlers = dict[type[Step], Callable[..., None]]
