@@ -19,7 +19,7 @@ from tightrope import models
 from tightrope.bundle import DISTORTION, Bundle, read_json, write_json
 from tightrope.data import Data, load
 from tightrope.errors import InputError
-from tightrope.finetune import Recipe, accuracy, finetune
+from tightrope.finetune import Recipe, accuracy, finetune, recalibrate
 from tightrope.graph import trace
 from tightrope.lower import lower
 from tightrope.methods import Method, method_type
@@ -228,6 +228,8 @@ def curve(
 ) -> list[dict[str, Json]]:
     """Solve the saved problem for many budgets; validation accuracy of each without any training.
 
+    Batch-norm statistics are re-estimated on training images first, for every plan and control alike.
+
     At every third budget the method's controls are measured too.
     """
     problem, plan, data = bundle.problem(), bundle.plan(), bundle.data()
@@ -237,6 +239,7 @@ def curve(
 
     def score(picked: Mapping[str, Any]) -> float:
         module = place(graph, method.choices(problem, picked), method.rewrite).module
+        recalibrate(module, data.batches("train", 128, shuffle=True, limit=CALIBRATION))
         return float(accuracy(module, data, "validation", limit=limit))
 
     rows: list[dict[str, Json]] = []
