@@ -9,6 +9,7 @@ test split is read once per fine-tuned network, after everything was chosen.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -41,7 +42,10 @@ Job = tuple[str, str, int, int]  # budget, variant, seed, epochs
 def finetuned(job: Job, work: Path) -> dict[str, float]:
     """Test accuracy in % of one variant after fine-tuning, and its DReLUs; kept in a file of its own."""
     text, name, seed, epochs = job
-    saved = work / f"{text.split('<=')[1]}-{name}-{seed}-{epochs}.json"
+    recipe = replace(Recipe(), epochs=epochs, seed=seed)
+    made_of = (work / "problem.npz").read_bytes() + repr((recipe, METHOD)).encode()
+    key = hashlib.sha256(made_of).hexdigest()[:12]  # results of another problem or recipe are not reused
+    saved = work / f"{text.split('<=')[1]}-{name}-{seed}-{key}.json"
     if not saved.exists():
         torch.set_num_threads(1)
         data = load("fashion-mnist")
@@ -57,7 +61,6 @@ def finetuned(job: Job, work: Path) -> dict[str, float]:
             raise ValueError(f"{name} is over the budget {text}: {drelus}")
         graph = trace(base, data.input_shape)
         model = place(graph, METHOD.choices(problem, picked), METHOD.rewrite).module
-        recipe = replace(Recipe(), epochs=epochs, seed=seed)
         tuned = finetune(model, data, teacher=base, recipe=recipe)
         result = {"drelus": drelus, "test": 100 * accuracy(tuned, data, "test")}
         saved.write_text(json.dumps(result))
@@ -67,7 +70,7 @@ def finetuned(job: Job, work: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_block_relu"))
