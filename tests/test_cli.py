@@ -96,6 +96,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "unknown method": (("--budget", "drelus<=12%", "--method", "blockrelu"), "block_relu"),
     "unknown runtime": (("--budget", "drelus<=12%", "--runtime", "mpcc"), "mpc"),
     "nonsense samples": (("--budget", "drelus<=12%", "--samples", "0"), "samples"),
+    "negative seed": (("--budget", "drelus<=12%", "--seed", "-1"), "seed"),
     "no budget at all": ((), "--budget"),
 }
 
@@ -176,6 +177,22 @@ def test_damaged_bundle(
     (broken / part).write_bytes(data[: len(data) // 2])
     command = ("run", broken, "--runtime", "plain") if part.startswith("program") else ("apply", broken)
     refused(monkeypatch, capsys, *command, says="damaged")
+
+
+def test_apply_keeps_a_fine_tuned_network_and_a_new_one_drops_old_measurements(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(searched, copy)
+    (copy / "measurements.json").write_text("[]")
+    assert call(monkeypatch, "apply", copy) == 0
+    assert not (copy / "measurements.json").exists()
+    (copy / "accuracy.json").write_text("{}")
+    before = (copy / "model.safetensors").read_bytes()
+    refused(monkeypatch, capsys, "apply", copy, says="fine-tuned")
+    assert (copy / "model.safetensors").read_bytes() == before
 
 
 def test_bad_images(

@@ -171,8 +171,11 @@ class Bundle:
         return _load_weights(self.path / "model.safetensors", model)
 
     def save_model(self, model: nn.Module, program: Program) -> None:
+        """Keep a network; then what was measured on an earlier one goes."""
         _save_weights(self.path / "model.safetensors", model)
         program.save(self.path)
+        for stale in ("accuracy.json", "measurements.json", "report.html", "README.md"):
+            (self.path / stale).unlink(missing_ok=True)
 
     def program(self, *, weights: bool = True) -> Program:
         return Program.load(self.path, weights=weights)

@@ -145,7 +145,16 @@ def freeze(model: nn.Module, data: Data) -> Program:
 
 
 def apply_plan(bundle: Bundle) -> nn.Module:
-    """Rewrite the base by the plan, without any training, and freeze it."""
+    """Rewrite the base by the plan, without any training, and freeze it.
+
+    Raises InputError where that would overwrite a fine-tuned network.
+    """
+    if (bundle.path / "accuracy.json").exists():
+        raise InputError(
+            "the bundle holds a fine-tuned network",
+            where=str(bundle.path),
+            fix="a copy: tightrope solve --out",
+        )
     model = apply(bundle.base(), bundle.plan())
     bundle.save_model(model, freeze(model, bundle.data()))
     return model

@@ -69,6 +69,9 @@ class BlockReluMethod:
         for key in ("samples", "batch_size", "directions"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key} must be positive", got=getattr(self, key))
+        for key in ("verify", "seed"):
+            if getattr(self, key) < 0:
+                raise InputError(f"{key} must not be negative", got=getattr(self, key))
         for key, allowed in (("max_pool", ("keep", "avg")), ("relu6", ("keep", "relu"))):
             if getattr(self, key) not in allowed:
                 raise InputError(f"unknown choice for {key}", got=getattr(self, key), allowed=allowed)
