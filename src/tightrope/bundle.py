@@ -1,6 +1,6 @@
 """One directory that holds everything of one network under one budget. No pickle anywhere.
 
-bundle.json          which network, which data, which versions; history of commands
+bundle.json          which network, which data, which versions
 base.safetensors     the trained network as it came
 problem.npz          every option, loss and cost: solves again for another budget
 plan.json            the choice
@@ -8,6 +8,7 @@ model.safetensors    the rewritten network's weights
 program.json, program.safetensors     the frozen network that runtimes execute
 measurements.json    what runs really cost
 curve.json           accuracy against budget, with the controls
+accuracy.json        of the fine-tuned network, and its recipe
 log.jsonl            one line per training epoch
 report.html, README.md
 """
