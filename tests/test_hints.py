@@ -72,3 +72,28 @@ def test_a_teacher_that_cannot_be_traced_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("name", ["stages.0.0.relu_1", "relu"])
 def test_sites_called_again_get_names_of_their_own(name: str) -> None:
     assert name in dict(with_named_sites(resolve("resnet8"), SHAPE).named_modules())
+
+
+def test_gradients_keep_the_channels_last_format() -> None:
+    """A gradient in the other format costs training more than twice its time on a CPU."""
+    base = resolve("resnet8").to(memory_format=torch.channels_last)
+    student, teacher = student_of(base), with_named_sites(base, SHAPE)
+    hints = Hints(student, teacher)
+    formats: list[bool] = []
+
+    def check(grad: torch.Tensor) -> None:
+        formats.append(grad.is_contiguous(memory_format=torch.channels_last))
+
+    def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        output.register_hook(check)
+
+    for name in rewritten_sites(student):
+        student.get_submodule(name).register_forward_hook(hook)
+    x = torch.randn(4, *SHAPE).to(memory_format=torch.channels_last)
+    student(x)
+    with torch.no_grad():
+        teacher(x)
+    loss = hints.loss()
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    assert formats == [True, True]
