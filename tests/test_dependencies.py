@@ -29,7 +29,8 @@ LOWER: dict[str, set[str]] = {
     "types": {"errors", "forms"},
     "shard": {"errors"},
     "nn": {"errors", "types"},
-    "program": {"errors", "types"},
+    "ops": {"types"},
+    "program": {"errors", "forms", "ops", "types"},
     "solve": {"errors", "types"},
     "data": {"errors", "types"},
     "models": {"errors", "types"},
@@ -48,6 +49,7 @@ WITHOUT: dict[str, set[str]] = {
     "errors": {"torch", "numpy", "scipy", "numba"},
     "forms": {"torch", "numpy", "scipy", "numba"},
     "types": {"torch", "scipy", "numba"},
+    "ops": {"torch"},
     "program": {"torch"},
     "solve": {"torch"},
 }
