@@ -308,10 +308,10 @@ class Measurement:
         return asdict(self) | {"ops": ops, "total": self.total.as_dict()}
 
 
-def check_schema(body: Mapping[str, Json], where: Path) -> None:
-    if body.get("schema") != SCHEMA:
+def check_schema(body: Mapping[str, Json], where: Path, schema: int = SCHEMA) -> None:
+    if body.get("schema") != schema:
         raise BundleError(
-            "written by another version", where=str(where), got=f"schema {body.get('schema')}", allowed=SCHEMA
+            "written by another version", where=str(where), got=f"schema {body.get('schema')}", allowed=schema
         )
 
 
