@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from commands import QUICK, call
 from networks import Images, TinyResNet, settle
 from tightrope import data
 
@@ -70,3 +71,13 @@ def trained() -> tuple[TinyResNet, Images]:
         optimiser.step()
     x, y = (torch.cat(parts) for parts in zip(*halved[60:], strict=True))
     return settle(net, weights=False), Images(x, y)
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the demo network after search and apply; tests only read it, or copy it."""
+    out = tmp_path_factory.mktemp("searched") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, "search", "--budget", "drelus<=12%", "--out", out, *QUICK) == 0
+        assert call(patch, "apply", out) == 0
+    return out

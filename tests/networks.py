@@ -179,7 +179,7 @@ def plan_for(
     plan = Plan(
         method=method.name, config=problem.meta["config"], budget=budget,
         choices=method.choices(problem, chosen.picked), predicted=chosen.cost, baseline=problem.baseline,
-        loss=chosen.loss, bound=chosen.bound, base="test", base_sha256=model_sha256(net),
+        loss=chosen.loss, bound=chosen.bound, base="test", base_sha256=model_sha256(graph.module),
         input_shape=graph.input_shape,
     )  # fmt: skip
     return problem, plan

@@ -9,16 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from networks import TinyResNet, settle
+from networks import TinyResNet, images, settle
 from tightrope import models
-from tightrope.bundle import DERIVED, Bundle
+from tightrope.bundle import DERIVED, RESULTS, Bundle, _save_weights
 from tightrope.errors import BundleError, InputError
+from tightrope.graph import trace
+from tightrope.lock import locked
 from tightrope.lower import lower
+from tightrope.methods.block_relu import BlockReluMethod
 from tightrope.nn import BlockReLU
 from tightrope.place import model_sha256
 from tightrope.rewrite import apply
 from tightrope.runtimes.plain import Plain
-from tightrope.types import Cost, Measurement, Plan, Problem
+from tightrope.solve.select import select
+from tightrope.types import Budget, Cost, Measurement, Plan
 
 SHAPE = (3, 8, 8)
 SOURCE = """
@@ -47,19 +51,22 @@ def net(about):
 def bundle(tmp_path, about, net) -> Bundle:
     """A complete one: base, problem, plan, trained weights, program, a measurement."""
     bundle = Bundle.create(tmp_path / "bundle", about, net)
-    patches = [[2, 2], [0, 0], [1, 1], [3, 5]]
+    method, graph = BlockReluMethod(samples=4, verify=0), trace(net, SHAPE)
+    problem = method.measure(graph, images(SHAPE), cost=Plain(), workdir=None, progress=lambda *_: None)
+    best = select(problem, Budget.parse("drelus<=50%"))
     plan = Plan(
-        method="block_relu", config={}, budget="drelus<=50%", choices={"layer1.relu": {"patches": patches}},
-        predicted=Cost(), baseline=Cost(), loss=0.0, bound=0.0, base="tiny", base_sha256=model_sha256(net),
+        method="block_relu", config=problem.meta["config"], budget="drelus<=50%",
+        choices=method.choices(problem, best.picked), predicted=best.cost, baseline=problem.baseline,
+        loss=best.loss, bound=best.bound, base="tiny", base_sha256=model_sha256(graph.module),
         input_shape=SHAPE,
     )  # fmt: skip
+    problem.save(bundle.path / "problem.npz")
     bundle.save_plan(plan)
-    Problem((), Cost(), Cost()).save(bundle.path / "problem.npz")
     model = settle(apply(net, plan), seed=5)
     program = lower(model, SHAPE)
     bundle.save_model(model, program)
     _, measured = Plain().open(program).run(np.ones((1, *SHAPE)))
-    bundle.add_measurement(measured, {"commit": "abc"})
+    bundle.add_measurement(measured, {"max_abs_error": 0.5})
     return bundle
 
 
@@ -67,7 +74,7 @@ def test_a_bundle_gives_back_what_was_put_in(bundle, net):
     opened = Bundle.open(bundle.path)
     assert model_sha256(opened.base()) == model_sha256(net)
     assert opened.plan() == bundle.plan()
-    assert opened.problem().tables == ()
+    assert len(opened.problem().tables) == 5
     model, x = opened.model(), torch.randn(2, *SHAPE)
     assert isinstance(model.get_submodule("layer1.relu"), BlockReLU)
     assert not model.training
@@ -84,7 +91,8 @@ def test_a_bundle_gives_back_what_was_put_in(bundle, net):
 def test_nothing_in_a_bundle_is_a_pickle(bundle):
     kinds = {p.suffix for p in bundle.path.iterdir()}
     assert kinds == {".json", ".safetensors", ".npz"}
-    assert not any(p.read_bytes()[:1] == b"\x80" for p in bundle.path.iterdir())
+    ends = [(body[:1], body[-1:]) for body in (p.read_bytes() for p in bundle.path.iterdir())]
+    assert (b"\x80", b".") not in ends
     with np.load(bundle.path / "problem.npz", allow_pickle=False) as data:
         assert all(data[k].dtype != object for k in data.files)
 
@@ -111,7 +119,7 @@ def test_a_new_bundle_replaces_an_old_one_and_all_that_came_from_it(bundle, abou
     bundle.log({"epoch": 1})
     assert (bundle.path / "plan.json").exists()
     (bundle.path / "notes.txt").write_text("mine")
-    Bundle.create(bundle.path, about, net)
+    Bundle.create(bundle.path, about, net, overwrite=True)
     left = {p.name for p in bundle.path.iterdir()}
     assert left == {"bundle.json", "base.safetensors", "notes.txt"}
     assert not left & set(DERIVED)
@@ -204,8 +212,133 @@ def test_a_base_that_is_not_the_plans_is_refused(bundle):
     weights = load_file(path)
     weights["fc.bias"] += 1
     save_file(weights, path)
+    with pytest.raises(BundleError, match="not those that were saved"):
+        bundle.base()
+    net = TinyResNet()
+    net.load_state_dict(weights)
+    _save_weights(path, net)
     with pytest.raises(InputError, match="another network"):
         bundle.model()
+
+
+@pytest.mark.parametrize("name", ["base.safetensors", "model.safetensors", "program.safetensors"])
+@pytest.mark.parametrize("place", [1, 400])
+def test_a_flipped_bit_of_any_weights_is_noticed(bundle, name, place):
+    path = bundle.path / name
+    body = bytearray(path.read_bytes())
+    body[-place] ^= 1
+    path.write_bytes(body)
+    reads = {"base": bundle.base, "model": bundle.model, "program": bundle.program}
+    with pytest.raises(BundleError, match="damaged"):
+        reads[path.stem]()
+
+
+def edit(path, change):
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan["choices"].pop("layer1.relu"),
+        lambda plan: plan["choices"]["layer1.relu"].update(patches=[[1, 1]] * 4),
+        lambda plan: plan["choices"]["layer1.relu"]["patches"].pop(),
+        lambda plan: plan["choices"]["layer1.relu"]["patches"].append([0, 0]),
+        lambda plan: plan["choices"]["layer1.relu"].update(patches=[["x", 1]] * 4),
+        lambda plan: plan["choices"]["layer1.relu"].update(patches=7),
+        lambda plan: plan["choices"]["layer1.relu"].update(replace="relu"),
+        lambda plan: plan["choices"].update(other={"patches": [[1, 1]]}),
+        lambda plan: plan["choices"].update({"layer9": {"replace": "avg_pool"}}),
+        lambda plan: plan["predicted"].update(drelus=plan["predicted"]["drelus"] - 1),
+    ],
+)
+def test_a_plan_that_is_not_the_problems_is_refused(bundle, change):
+    edit(bundle.path / "plan.json", change)
+    for read in (bundle.plan, bundle.model, bundle.program):
+        with pytest.raises(BundleError, match="do not belong together"):
+            read()
+
+
+def test_a_program_that_is_not_the_plans_is_refused(bundle, net):
+    lower(net, SHAPE).save(bundle.path)
+    for weights in (True, False):
+        with pytest.raises(BundleError, match=r"plan and the program do not belong(.|\n)*DReLUs"):
+            bundle.program(weights=weights)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_are_not_overwritten_unasked(tmp_path, about, net, name):
+    bundle = Bundle.create(tmp_path / "out", about, net)
+    Bundle.create(tmp_path / "out", about, net)  # no results yet
+    (bundle.path / name).write_text("[]")
+    with pytest.raises(InputError, match=rf"would be lost(.|\n)*{name}(.|\n)*--overwrite"):
+        Bundle.create(bundle.path, about, net)
+    assert (bundle.path / name).read_text() == "[]"
+    Bundle.create(bundle.path, about, net, overwrite=True)
+    assert not (bundle.path / name).exists()
+
+
+def test_a_bundle_that_is_being_written_is_left_alone(bundle, about, net):
+    with locked(bundle.path):
+        for target in (
+            Bundle.check_target,
+            lambda p, overwrite: Bundle.create(p, about, net, overwrite=True),
+        ):
+            with pytest.raises(BundleError, match="another command is writing"):
+                target(bundle.path, overwrite=True)
+    assert Bundle.open(bundle.path).plan().budget == "drelus<=50%"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "read", "says"),
+    [
+        ("bundle.json", lambda b: b.update(num_classes="x"), lambda b: b.base(), "num_classes is"),
+        ("bundle.json", lambda b: b.update(model=3), lambda b: b.base(), "model is 3"),
+        ("bundle.json", lambda b: b.update(root=[]), lambda b: b.data(), "root is"),
+        ("bundle.json", lambda b: b.update(schema=1), lambda b: Bundle.open(b.path), "another version"),
+        ("measurements.json", lambda b: b[0].update(batch="x"), lambda b: b.measurements(), r"\[0\].batch"),
+        ("measurements.json", lambda b: b[0].update(batch=0), lambda b: b.measurements(), "empty batch"),
+        (
+            "measurements.json",
+            lambda b: b[0].update(total={"rounds": "x"}),
+            lambda b: b.measurements(),
+            "rounds",
+        ),
+        ("measurements.json", lambda b: b[0].update(ops=[{"op": 1}]), lambda b: b.measurements(), "ops"),
+    ],
+)
+def test_wrong_types_are_named(bundle, file, change, read, says):
+    edit(bundle.path / file, change)
+    with pytest.raises(BundleError, match=says):
+        read(bundle)
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [("accuracy", {"validation": "x"}), ("accuracy", {"recipe": 3}), ("accuracy", []), ("curve", {}),
+     ("curve", [{"share": 0.1}]),
+     ("curve", [{"share": "x", "cost": {}, "loss": 0, "bound": 0, "accuracy": {}}])],
+)  # fmt: skip
+def test_wrong_types_of_results_are_named(bundle, name, body):
+    path = bundle.path / f"{name}.json"
+    assert not getattr(bundle, name)()
+    path.write_text(json.dumps(body))
+    with pytest.raises(BundleError, match=rf"damaged(.|\n)*{name}"):
+        getattr(bundle, name)()
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "plan.json", "program.json", "measurements.json"])
+def test_json_that_nests_deeply_is_damaged(bundle, file):
+    reads = {
+        "bundle.json": lambda: bundle.about, "plan.json": bundle.plan, "program.json": bundle.program,
+        "measurements.json": bundle.measurements,
+    }  # fmt: skip
+    for depth in (300, 100_000):
+        (bundle.path / file).write_text("[" * depth + "]" * depth)
+        with pytest.raises(BundleError, match="damaged"):
+            reads[file]()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,36 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tightrope import cli
+from commands import QUICK, call, refused
 from tightrope.bundle import Bundle
-
-QUICK = ("--samples", "16", "--verify", "8")
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr("sys.argv", ["tightrope", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
-
-
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object, says: str
-) -> None:
-    assert call(monkeypatch, *args) == 2
-    captured = capsys.readouterr()
-    assert says in captured.err
-    assert "Traceback" not in captured.err + captured.out
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle after search and apply, shared by the tests that only read it."""
-    out = tmp_path_factory.mktemp("cli") / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        assert call(patch, "search", "--budget", "drelus<=12%", "--out", out, *QUICK) == 0
-        assert call(patch, "apply", out) == 0
-    return out
+from tightrope.data import ASSETS
 
 
 def test_search_writes_a_bundle_that_meets_the_budget(searched: Path) -> None:
@@ -65,10 +39,9 @@ def test_json_output_is_one_object(
 def test_run_plain_on_an_image(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tightrope.data import ASSETS
-
+    copy = shutil.copytree(searched, tmp_path / "copy")
     image = sorted(ASSETS.glob("sample_*.png"))[0]
-    assert call(monkeypatch, "run", searched, "--runtime", "plain", "--image", image, "--json") == 0
+    assert call(monkeypatch, "run", copy, "--runtime", "plain", "--image", image, "--json") == 0
     body = json.loads(capsys.readouterr().out)
     assert body["predictions"] == body["plain"]
     assert body["measurement"]["total"]["drelus"] == Bundle.open(searched).plan().predicted.drelus
@@ -76,8 +49,6 @@ def test_run_plain_on_an_image(
 
 def test_the_same_search_resumes(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second search with the same measurement finds the saved distortions and runs no pass."""
-    import shutil
-
     again = tmp_path / "again"
     shutil.copytree(searched, again)
     assert call(monkeypatch, "search", "--budget", "drelus<=20%", "--out", again, *QUICK) == 0
@@ -97,6 +68,12 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "unknown runtime": (("--budget", "drelus<=12%", "--runtime", "mpcc"), "mpc"),
     "nonsense samples": (("--budget", "drelus<=12%", "--samples", "0"), "samples"),
     "negative seed": (("--budget", "drelus<=12%", "--seed", "-1"), "seed"),
+    "no devices": (("--budget", "drelus<=12%", "--devices", "0"), "devices must be positive"),
+    "negative devices": (("--budget", "drelus<=12%", "--devices", "-1"), "devices must be positive"),
+    "no machines": (("--budget", "drelus<=12%", "--nodes", "0"), "nodes must be positive"),
+    "no such accelerator": (("--budget", "drelus<=12%", "--accelerator", "abacus"), "does not have these"),
+    "nonsense choice": (("--budget", "drelus<=12%", "--max-pool", "zz"), "allowed: keep, avg"),
+    "unpriced quantity": (("--budget", "power<=12%"), "allowed: drelus, offline_bytes, online_bytes\n"),
     "no budget at all": ((), "--budget"),
 }
 
@@ -169,8 +146,6 @@ def test_damaged_bundle(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(searched, broken)
     data = (broken / part).read_bytes()
@@ -182,8 +157,6 @@ def test_damaged_bundle(
 def test_apply_keeps_a_fine_tuned_network_and_a_new_one_drops_old_measurements(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(searched, copy)
     (copy / "measurements.json").write_text("[]")
@@ -215,3 +188,49 @@ def test_port_in_use(
         taken.listen()
         port = taken.getsockname()[1]
         refused(monkeypatch, capsys, "run", searched, "--port", port, says=str(port))
+
+
+def test_nonsense_numbers_and_pairs(
+    searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = sorted(ASSETS.glob("sample_*.png"))[0]
+    for flag, value in (("--points", 0), ("--points", -3), ("--limit", 0), ("--limit", -1)):
+        refused(monkeypatch, capsys, "curve", searched, flag, value, says="must be positive")
+    refused(monkeypatch, capsys, "run", searched, "--image", image, "--count", "2", says="--count 2")
+    refused(monkeypatch, capsys, "run", searched, "--resize", says="--resize without --image")
+    refused(monkeypatch, capsys, "finetune", searched, "--devices", "0", says="devices")
+
+
+def test_an_image_of_another_size_is_resized_when_asked(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(searched, tmp_path / "copy")
+    large = tmp_path / "large.png"
+    Image.fromarray(np.zeros((40, 30), np.uint8)).save(large)
+    command = ("run", copy, "--runtime", "plain", "--image", large)
+    refused(monkeypatch, capsys, *command, says="--resize")
+    assert call(monkeypatch, *command, "--resize") == 0
+
+
+WRONG: dict[str, tuple[str, str]] = {
+    "bundle.json": ('{"schema": 2, "num_classes": "x"}', "num_classes"),
+    "accuracy.json": ('{"validation": "x"}', "validation"),
+    "measurements.json": ('[{"runtime": "mpc", "batch": "x", "ops": [], "total": {}}]', "batch"),
+    "curve.json": ('{"a": ' * 2000 + "1" + "}" * 2000, "nested"),
+    "plan.json": ("[" * 100_000, "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_types_in_a_bundle(
+    name: str,
+    searched: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(searched, copy)
+    text, says = WRONG[name]
+    (copy / name).write_text(text)
+    refused(monkeypatch, capsys, "report", copy, says=says)

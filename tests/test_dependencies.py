@@ -25,10 +25,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # which may import everything.
 LOWER: dict[str, set[str]] = {
     "errors": set(),
-    "types": {"errors"},
-    "shard": set(),
+    "forms": set(),
+    "types": {"errors", "forms"},
+    "shard": {"errors"},
     "nn": {"errors", "types"},
-    "program": {"errors", "types"},
+    "ops": {"types"},
+    "program": {"errors", "forms", "ops", "types"},
     "solve": {"errors", "types"},
     "data": {"errors", "types"},
     "models": {"errors", "types"},
@@ -45,7 +47,9 @@ FOLDERS = {"methods": CORE | {"methods"}, "runtimes": CORE | {"runtimes"}}
 # Libraries that a unit may not import: these parts run where no network is.
 WITHOUT: dict[str, set[str]] = {
     "errors": {"torch", "numpy", "scipy", "numba"},
+    "forms": {"torch", "numpy", "scipy", "numba"},
     "types": {"torch", "scipy", "numba"},
+    "ops": {"torch"},
     "program": {"torch"},
     "solve": {"torch"},
 }

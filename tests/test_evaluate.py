@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from stripes import Stripes, network, same
 from tightrope.errors import InputError
-from tightrope.finetune import accuracy, recalibrate
+from tightrope.evaluate import accuracy, chance, recalibrate
 
 
 def test_accuracy_is_exact() -> None:
@@ -54,3 +55,38 @@ def test_recalibrate_without_batches_changes_nothing() -> None:
         recalibrate(model, [])
     assert same(model, before)
     recalibrate(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), [])  # nothing to estimate
+
+
+class Labels:
+    """Images that are their own one-hot label, the class 0 nine times as frequent as each other one."""
+
+    def batches(
+        self, split: str, batch_size: int, *, limit: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        assert split == "validation"
+        labels = torch.tensor(([0] * 9 + [1, 2, 3]) * 20)[:limit]
+        for part in labels.split(batch_size):
+            yield torch.eye(4)[part], part
+
+
+def test_chance_is_told_from_skill() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    class Answers(nn.Module):
+        def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.how = how
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.how(x)
+
+    constant = Answers(lambda x: torch.eye(4)[torch.zeros(len(x), dtype=torch.long)])  # right in 75 %
+    guessing = Answers(lambda x: torch.rand(len(x), 4, generator=generator))
+    skilled = Answers(lambda x: x)
+    half = Answers(lambda x: torch.where(torch.arange(len(x))[:, None] % 2 == 0, x, x.flip(1)))
+    assert chance(constant, Labels())[0] == pytest.approx(0.25)
+    found = [chance(net, Labels()) for net in (constant, guessing, half, skilled)]
+    assert [recall > luck for recall, luck in found] == [False, False, True, True]
+    assert chance(skilled, Labels(), limit=60)[0] == 1
+    maps = Answers(lambda x: x[:, :, None, None])
+    assert chance(maps, Labels()) == (1.0, 0.0)  # not a classifier

@@ -13,7 +13,7 @@ from torch import nn
 
 from tightrope import data
 from tightrope.errors import InputError
-from tightrope.models import DEMO_WEIGHTS, NAMES, resolve
+from tightrope.models import DEMO_WEIGHTS, NAMES, located, resolve
 
 INPUTS = {"demo": (1, 28, 28)}
 TEN = "from torch import nn\ndef ten(num_classes=10): return nn.Linear(4, num_classes)\n"
@@ -170,6 +170,14 @@ def test_a_function_gets_what_it_takes_and_no_more(tmp_path):
 
 
 # --- libraries --------------------------------------------------------------------------------------------
+
+
+def test_the_path_of_a_file_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert located("nets/net.py:make") == f"{tmp_path}/nets/net.py:make"
+    assert located(f"{tmp_path}/net.py:make") == f"{tmp_path}/net.py:make"
+    for name in ("demo", "resnet18", "timm:resnet18", "torchvision:resnet18.py:x", "nonsense"):
+        assert located(name) == name
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])

@@ -86,6 +86,37 @@ def test_a_network_is_named_by_its_weights_and_their_names():
     assert len({name, *variants}) == 6
 
 
+def test_equal_weights_in_another_structure_have_another_name():
+    class Net(nn.Module):
+        def __init__(self, act, stride=1, double=False):
+            super().__init__()
+            self.conv, self.act, self.double = nn.Conv2d(3, 4, 3, stride), act, double
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.act(self.conv(x))
+            y = y + y if self.double else y
+            return self.fc(y.mean((2, 3)))
+
+    plain = Net(nn.ReLU())
+    others = [Net(nn.ReLU6()), Net(nn.ReLU(), stride=2), Net(nn.ReLU(), double=True)]
+    for other in others:
+        other.load_state_dict(plain.state_dict())
+    networks = [plain, *others]
+    assert len({model_sha256(trace(net, SHAPE).module) for net in networks}) == 4
+    same = copy.deepcopy(plain).train()
+    assert model_sha256(trace(same, SHAPE).module) == model_sha256(trace(plain, SHAPE).module)
+    plan = Plan(
+        method="block_relu", config={}, budget="drelus<=50%", choices={"act": {"patches": [[2, 2]] * 4}},
+        predicted=Cost(), baseline=Cost(), loss=0.0, bound=0.0, base="net", input_shape=SHAPE,
+        base_sha256=model_sha256(trace(plain, SHAPE).module),
+    )  # fmt: skip
+    apply(same, plan)
+    for other in others:
+        with pytest.raises(InputError, match="another network"):
+            apply(other, plan)
+
+
 def test_weights_of_every_type_and_layout_have_a_name():
     model = nn.Module()
     model.register_buffer("scalar", torch.tensor(3))
@@ -111,7 +142,7 @@ def plan_for(model: nn.Module, **changes) -> Plan:
             loss=0.0,
             bound=0.0,
             base="tiny",
-            base_sha256=model_sha256(model),
+            base_sha256=model_sha256(trace(model, SHAPE).module),
             input_shape=SHAPE,
         ),
         **changes,

@@ -110,7 +110,19 @@ def rewrite_json(directory, change):
         (lambda b: b["ops"].reverse(), "not a sequence"),
         (lambda b: b["ops"].append(b["ops"][0]), "not a sequence(.|\n)*twice"),
         (lambda b: b["ops"][1].update(inputs=["ghost"]), r"not a sequence(.|\n)*ghost"),
-        (lambda b: b["ops"][0].update(in_channels=6), "wrong shape: parts.0.weight"),
+        (lambda b: b["ops"][0].update(kernel=[1, 1], padding=[0] * 4), "wrong shape: parts.0.weight"),
+        (lambda b: b["ops"][0].update(in_channels=6), r"parts.0 \(conv2d\) does not fit(.|\n)*6 channels"),
+        (lambda b: b["ops"][0].update(stride=[0, 1]), r"parts.0 \(conv2d\) does not fit(.|\n)*positive"),
+        (lambda b: b["ops"][0].update(stride=[2, 2]), r"does not fit(.|\n)*\(4, 4, 4\)(.|\n)*\(4, 8, 8\)"),
+        (lambda b: b["ops"][0].update(inputs=["input"] * 2), "parts.0 (.*) does not fit"),
+        (lambda b: b["ops"][0].update(inputs=[]), "parts.0 (.*) does not fit"),
+        (lambda b: b["ops"][1]["patches"].pop(), r"relu\) does not fit(.|\n)*each of 4 channels, got 3"),
+        (lambda b: b["ops"][1].update(upper="x"), r"relu\) does not fit"),
+        (lambda b: b.update(input_shape=[3, 8, 9]), "does not fit its inputs"),
+        (lambda b: b["ops"][0].update(shape=["4", 8, 8]), r"damaged(.|\n)*ops\[0\].shape\[0\]"),
+        (lambda b: b["ranges"].update(input="wide"), "damaged(.|\n)*ranges.input"),
+        (lambda b: b["ranges"].update(input=0.5), "not the structure and weights"),
+        (lambda b: b["ops"][1].update(patches=[[1, 1]] * 4), "not the structure and weights"),
         (lambda b: b["ops"][2].update(name="lost"), "is not one|wrong shape: lost.weight"),
     ],
 )
@@ -121,7 +133,32 @@ def test_damaged_structures_are_refused(program, tmp_path, change, message):
         Program.load(tmp_path)
 
 
-@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'"x"'])
+def test_shapes_are_checked_without_weights_too(program, tmp_path):
+    program.save(tmp_path)
+    rewrite_json(tmp_path, lambda b: b["ops"][0].update(stride=[2, 2]))
+    with pytest.raises(BundleError, match="does not fit"):
+        Program.load(tmp_path, weights=False)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_flipped_bit_of_the_weights_is_noticed(tmp_path_factory, data):
+    program = lower(Chain(conv(3, 4), BlockReLU(PATCHES), conv(4, 2)).eval(), SHAPE)
+    directory = tmp_path_factory.mktemp("program")
+    program.save(directory)
+    path = directory / "program.safetensors"
+    body = bytearray(path.read_bytes())
+    weights = sum(t.nbytes for t in program.tensors.values())
+    body[-data.draw(st.integers(1, weights))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(body)
+    with pytest.raises(BundleError, match=r"not the structure and weights|not finite"):
+        Program.load(directory)
+
+
+DEEP = b"[" * 10_000 + b"]" * 10_000
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'"x"', DEEP])
 def test_files_that_are_not_json_objects_are_refused(program, tmp_path, damaged):
     program.save(tmp_path)
     (tmp_path / "program.json").write_bytes(damaged)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import typer
 
-from tightrope.bundle import Bundle, write_json
+from tightrope.bundle import SCHEMA, Bundle, write_json
 from tightrope.cli import app
 from tightrope.errors import BundleError
 from tightrope.methods.block_relu.patches import label, patches
@@ -23,7 +23,7 @@ from tightrope.report import commands, write
 from tightrope.report.compare import compare
 from tightrope.report.facts import gather
 from tightrope.runtimes.mpc import MPC, costs
-from tightrope.types import SCHEMA, Cost, Measurement, OpTrace, Plan, Problem, Table, total
+from tightrope.types import Cost, Measurement, OpTrace, Plan, Problem, Table, total
 
 HOSTILE = "<script>alert('x')</script>"
 BATCH = 4
@@ -341,6 +341,16 @@ def test_a_plan_of_another_problem_is_an_error(bundle: Bundle) -> None:
     bundle.save_plan(replace(plan, choices={"first": {"patches": [[9, 9]] * 3}}))
     with pytest.raises(BundleError, match="do not belong together"):
         write(bundle)
+
+
+def test_no_command_shown_overwrites_the_bundle(bundle: Bundle) -> None:
+    facts = gather(bundle)
+    shown = [*commands.reproduce(facts).splitlines(), commands.missing(facts)["search"]]
+    searches = [shlex.split(line) for line in shown if " search " in line]
+    assert len(searches) == 2
+    for words in searches:
+        assert words[words.index("--out") + 1] == f"{bundle.path}-again"
+        assert words[words.index("--weights") + 1] == str(bundle.path / "base.safetensors")
 
 
 def test_every_command_shown_is_one_that_the_command_line_takes(bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -64,6 +65,7 @@ def test_budgets_are_read(text, limits):
         ("drelus<=1e999", "finite"),
         ("drelus<=-5", "not negative"),
         ("drelu<=5", "unknown quantity.*\n.*drelu\n.*drelus"),
+        ("power<=5", "allowed: drelus, offline_bytes, online_bytes$"),
         ("drelus<=5,drelus<=6", "twice"),
     ],
 )
@@ -188,6 +190,10 @@ def test_a_plan_survives_json(tmp_path):
         (lambda text: text.replace('"loss"', '"los"'), "damaged"),
         (lambda text: text.replace('"drelus"', '"relus"'), "damaged"),
         (lambda text: text.replace('"notes"', '"extra"'), "damaged"),
+        (lambda text: text.replace('"loss": 2.0', '"loss": "low"'), "damaged.*\n.*\n.*loss is"),
+        (lambda text: text.replace('"drelus": 10,', '"drelus": "x",'), r"predicted\.drelus is"),
+        (lambda text: text.replace('"drelus<=12%"', '"dreelus<=12%"'), "unknown quantity"),
+        (lambda text: text.replace('"seed": 3', '"seed": ' + "[" * 900 + "]" * 900), "nested deeper"),
     ],
 )
 def test_damaged_plans_are_refused(tmp_path, damage, message):
@@ -234,9 +240,25 @@ def test_errors_say_what_where_got_allowed_and_how_to_go_on():
     assert error.what == "no such site"
     words = ["no such site", "net", "relu9", "relu1", "--sites relu1"]
     assert [word in line for word, line in zip(words, str(error).split("\n"), strict=True)] == [True] * 5
+    assert str(InputError("x", allowed=("keep", "avg"))).endswith("allowed: keep, avg")
+    assert str(InputError("x", allowed=(3, 8, 8))).endswith("allowed: (3, 8, 8)")
 
 
 def test_near_names_close_words_or_all_of_few():
     assert near("relu9", ["relu1", "conv"]) == "relu1"
     assert near("zzz", ["b", "a"]) == "a, b"
-    assert near("zzz", [f"a{k:02}" for k in range(20)]).endswith("a11, …")
+    many = [f"net{k}" for k in range(20)]
+    assert near("nt7", many).startswith("net7, ")
+    assert near("qq", [*many, "xqwertyy"]).startswith(
+        "xqwertyy, "
+    )  # of many, the closest whatever the distance
+    assert near("qq", many).endswith(", … (20 in all)")
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    def full(f):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left(.|\n)*wanted\.json"):
+        atomic_write(tmp_path / "wanted.json", full)
+    assert not list(tmp_path.iterdir())

@@ -20,34 +20,61 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import numpy
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 
 from tightrope import __version__, models
 from tightrope.data import Data, load
+from tightrope.decisions import decisions
 from tightrope.errors import BundleError, InputError
-from tightrope.program import Program
+from tightrope.forms import Amount, mismatch, parse
+from tightrope.lock import NAME as LOCK
+from tightrope.lock import check_unlocked, locked
+from tightrope.place import tensors_sha256
+from tightrope.program import Program, base_cost
 from tightrope.rewrite import apply
-from tightrope.types import SCHEMA, Json, Measurement, Plan, Problem, atomic_write, check_schema
+from tightrope.types import METRICS, Json, Measurement, Plan, Problem, atomic_write, check_schema, naming
 
+SCHEMA = 2  # of bundle.json; bundles of schema 1 had no hashes
 DISTORTION = "distortion"  # a measurement under way starts the directory, before there is a bundle
+RESULTS = ("accuracy.json", "checkpoint.safetensors", "measurements.json", "curve.json")  # cost work to make
 DERIVED = (
     "problem.npz",
     "plan.json",
     "model.safetensors",
     "program.json",
     "program.safetensors",
-    "measurements.json",
-    "curve.json",
-    "accuracy.json",
     "log.jsonl",
     "report.html",
     "README.md",
-    "checkpoint.safetensors",
+    *RESULTS,
 )
+
+HEAD_FORM = {
+    "model?": str, "num_classes?": int, "in_channels?": int, "data?": str, "root?": (str, NoneType),
+    "image_size?": (int, NoneType), "runtime?": str, "versions?": {str: str},
+}  # fmt: skip
+_SPENT = {f"{metric}?": Amount for metric in METRICS}
+MEASUREMENTS_FORM = [
+    {
+        "runtime": str, "batch": int, "ops": [{"op": str, "kind": str, **_SPENT}], "total": _SPENT,
+        "links?": {str: int}, "offline_links?": {str: int}, "setup_links?": {str: int}, "config?": dict,
+        "host?": dict, "peak_memory_bytes?": int, "same_class?": int, "max_abs_error?": Amount,
+    }
+]  # fmt: skip
+ACCURACY_FORM = {"recipe?": dict, str: Amount}
+CURVE_FORM = [
+    {
+        "share": Amount, "cost": {str: float}, "loss": float, "bound": float, "accuracy": {str: Amount},
+        str: {str: float},
+    }
+]  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -63,23 +90,31 @@ def write_json(path: Path, body: Json) -> None:
     atomic_write(path, lambda f: f.write((json.dumps(body, indent=1) + "\n").encode()))
 
 
-def read_json(path: Path) -> Json:
+def read_json(path: Path, form: Any) -> Json:
+    """Raises BundleError for a missing file, and for one that is not of the form (`tightrope.forms`)."""
     try:
-        return json.loads(path.read_text())
+        body = parse(path.read_bytes())
+        if wrong := mismatch(body, form):
+            raise ValueError(wrong)
     except FileNotFoundError:
         raise BundleError("the bundle lacks a file", where=str(path)) from None
     except (ValueError, OSError) as error:
         raise BundleError("a file of the bundle is damaged", where=str(path), got=str(error)) from error
+    return body
 
 
 def _save_weights(path: Path, model: nn.Module) -> None:
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    atomic_write(path, lambda f: f.write(save(tensors)))
+    data = save(tensors, metadata={"sha256": tensors_sha256(tensors)})
+    atomic_write(path, lambda f: f.write(data))
 
 
 def _load_weights(path: Path, model: nn.Module) -> nn.Module:
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        with safe_open(path, framework="pt") as file:
+            sha256 = (file.metadata() or {}).get("sha256")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        model.load_state_dict(tensors, strict=True)
     except FileNotFoundError:
         raise BundleError("the bundle lacks its weights", where=str(path)) from None
     except Exception as error:  # safetensors and torch raise many kinds
@@ -88,6 +123,9 @@ def _load_weights(path: Path, model: nn.Module) -> nn.Module:
             where=str(path),
             got=str(error).split("\n\t")[0][:300],
         ) from error
+    if sha256 != tensors_sha256(tensors):
+        got = "no hash" if sha256 is None else f"contents unlike the hash {sha256[:12]}…"
+        raise BundleError("the weights are damaged: not those that were saved", where=str(path), got=got)
     return model.eval()
 
 
@@ -98,25 +136,41 @@ class Bundle:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, about: Mapping[str, Json], base: nn.Module) -> Bundle:
-        """Start a bundle in a new or empty directory, or over a bundle or the beginnings of one."""
-        cls.check_target(path)
+    def create(
+        cls, path: Path, about: Mapping[str, Json], base: nn.Module, *, overwrite: bool = False
+    ) -> Bundle:
+        """Start a bundle where `check_target` allows it; what came from an old one goes."""
+        cls.check_target(path, overwrite=overwrite)
         path.mkdir(parents=True, exist_ok=True)
         bundle = cls(path)
-        for stale in DERIVED:
-            (path / stale).unlink(missing_ok=True)
-        _save_weights(path / "base.safetensors", base)
-        write_json(path / "bundle.json", {"schema": SCHEMA, "versions": versions(), **about})
+        with locked(path):
+            for stale in DERIVED:
+                (path / stale).unlink(missing_ok=True)
+            _save_weights(path / "base.safetensors", base)
+            write_json(path / "bundle.json", {"schema": SCHEMA, "versions": versions(), **about})
         return bundle
 
     @staticmethod
-    def check_target(path: Path) -> None:
-        """Raise InputError when writing a bundle at `path` would overwrite something else."""
+    def check_target(path: Path, *, overwrite: bool = False) -> None:
+        """Raise InputError unless `path` may become a bundle: new, empty, the beginnings of a bundle, or one
+        that holds nothing beyond its plan and an untrained network; with `overwrite` any bundle.
+
+        Raises BundleError when another command is writing there.
+        """
         if path.is_file():
             raise InputError("the bundle must be a directory", where=str(path), fix="another --out")
-        foreign = path.is_dir() and any(p.name != DISTORTION for p in path.iterdir())
+        foreign = path.is_dir() and any(p.name not in (DISTORTION, LOCK) for p in path.iterdir())
         if foreign and not (path / "bundle.json").exists():
             raise InputError("not empty and not a bundle", where=str(path), fix="another --out")
+        results = [name for name in RESULTS if (path / name).exists()]
+        if results and not overwrite:
+            raise InputError(
+                "the bundle holds a fine-tuned network or measurements, which would be lost",
+                where=str(path),
+                got=", ".join(results),
+                fix="another --out, or --overwrite",
+            )
+        check_unlocked(path)
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -124,14 +178,12 @@ class Bundle:
             what = "no such bundle" if not path.exists() else "not a bundle: bundle.json is missing"
             raise BundleError(what, where=str(path), fix="tightrope search --out DIRECTORY")
         bundle = cls(path)
-        check_schema(bundle.about, path / "bundle.json")
+        check_schema(bundle.about, path / "bundle.json", SCHEMA)
         return bundle
 
     @property
     def about(self) -> dict[str, Json]:
-        body = read_json(self.path / "bundle.json")
-        if not isinstance(body, dict):
-            raise BundleError("a file of the bundle is damaged", where=str(self.path / "bundle.json"))
+        body: dict[str, Json] = read_json(self.path / "bundle.json", HEAD_FORM)
         return body
 
     def base(self) -> nn.Module:
@@ -152,13 +204,17 @@ class Bundle:
             raise BundleError("a file of the bundle is damaged", where=where, got=f"no {error}") from None
 
     def plan(self) -> Plan:
+        """Raises BundleError also when the saved problem, if there is one, says that it was changed."""
         try:
             text = (self.path / "plan.json").read_text()
         except FileNotFoundError:
             raise BundleError("no plan yet", where=str(self.path), fix="tightrope search") from None
         except (UnicodeDecodeError, OSError) as error:
             raise BundleError("the plan is damaged", where=str(self.path), got=str(error)) from error
-        return Plan.from_json(text, self.path / "plan.json")
+        plan = Plan.from_json(text, self.path / "plan.json")
+        if (self.path / "problem.npz").exists():
+            decisions(plan, self.problem())
+        return plan
 
     def save_plan(self, plan: Plan) -> None:
         atomic_write(self.path / "plan.json", lambda f: f.write(plan.to_json().encode()))
@@ -179,13 +235,24 @@ class Bundle:
             (self.path / stale).unlink(missing_ok=True)
 
     def program(self, *, weights: bool = True) -> Program:
-        return Program.load(self.path, weights=weights)
+        """Raises BundleError also when its DReLUs are not those of the plan."""
+        program, planned = Program.load(self.path, weights=weights), self.plan().predicted.drelus
+        found = sum(base_cost(op).drelus for op in program.ops)
+        if abs(found - planned) > 0.5:
+            raise BundleError(
+                "the plan and the program do not belong together: one of them was changed",
+                where=str(self.path),
+                got=f"{found:,.15g} DReLUs in the program, {planned:,.15g} in the plan",
+                fix="make it again: tightrope apply or finetune",
+            )
+        return program
 
     def measurements(self) -> list[dict[str, Json]]:
+        """The newest of each runtime; [] before any run."""
         path = self.path / "measurements.json"
-        found = read_json(path) if path.exists() else []
-        if not isinstance(found, list) or not all(isinstance(m, dict) and "runtime" in m for m in found):
-            raise BundleError("a file of the bundle is damaged", where=str(path))
+        found: list[dict[str, Json]] = read_json(path, MEASUREMENTS_FORM) if path.exists() else []
+        if any(m["batch"] < 1 for m in found):
+            raise BundleError("a file of the bundle is damaged", where=str(path), got="an empty batch")
         return found
 
     def add_measurement(self, measurement: Measurement, extra: Mapping[str, Json]) -> None:
@@ -193,6 +260,18 @@ class Bundle:
         others = [m for m in self.measurements() if m["runtime"] != measurement.runtime]
         write_json(self.path / "measurements.json", [*others, measurement.to_dict() | dict(extra)])
 
+    def accuracy(self) -> dict[str, Json]:
+        """Accuracies and recipe of the fine-tuned network; {} before."""
+        path = self.path / "accuracy.json"
+        return read_json(path, ACCURACY_FORM) if path.exists() else {}
+
+    def curve(self) -> list[dict[str, Json]]:
+        """The rows of `pipeline.curve`; [] before."""
+        path = self.path / "curve.json"
+        return read_json(path, CURVE_FORM) if path.exists() else []
+
     def log(self, record: Mapping[str, Json]) -> None:
-        with (self.path / "log.jsonl").open("a") as f:
+        """Add the record of an epoch; that of the first one starts the file anew."""
+        path = self.path / "log.jsonl"
+        with naming(path), path.open("w" if record["epoch"] == 1 else "a") as f:
             f.write(json.dumps(record) + "\n")

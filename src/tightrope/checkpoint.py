@@ -15,10 +15,10 @@ from types import FrameType
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from tightrope.errors import BundleError, InputError
-from tightrope.place import model_sha256
+from tightrope.forms import parse
 from tightrope.types import SCHEMA, Json, atomic_write, check_schema
 
 KEY = "tightrope"  # of the one entry in the safetensors header
@@ -31,16 +31,6 @@ class Checkpoint:
 
     tensors: Mapping[str, Tensor]
     progress: Mapping[str, Json]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the weights and of what they do not show: the modules, their settings, their patches."""
-    digest = hashlib.sha256(model_sha256(model).encode())
-    for name, module in model.named_modules():
-        kind, patches = type(module).__qualname__, getattr(module, "patches", "")
-        digest.update(f"{name}:{kind}({module.extra_repr()}){patches}\n".encode())
-    digest.update(str(getattr(model, "code", "")).encode())  # the forward pass of a traced network
-    return digest.hexdigest()
 
 
 def save(path: Path, run: Mapping[str, Json], checkpoint: Checkpoint) -> None:
@@ -66,7 +56,7 @@ def load(path: Path, run: Mapping[str, Json]) -> Checkpoint | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            body = json.loads((file.metadata() or {})[KEY])
+            body = parse((file.metadata() or {})[KEY])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         sha256 = body.pop("sha256")
         check_schema(body, path)

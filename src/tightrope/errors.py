@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+FEW = 12  # words that a hint lists in full
+
 
 class TightropeError(Exception):
     """Base class. The message says what is wrong, where, what was got, what is allowed and how to go on."""
@@ -34,7 +36,7 @@ class TightropeError(Exception):
         if got is not None:
             parts.append(f"  got:     {got}")
         if allowed is not None:
-            parts.append(f"  allowed: {allowed}")
+            parts.append(f"  allowed: {_words(allowed)}")
         if fix is not None:
             parts.append(f"  try:     {fix}")
         super().__init__("\n".join(parts))
@@ -62,8 +64,16 @@ class ProtocolError(TightropeError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A short hint naming the known words closest to `name`, or all of them when there are few."""
+    """A short hint: the known words closest to `name`, or, when none is close, all if they are few."""
     words = sorted(known)
     close = get_close_matches(name, words, n=4, cutoff=0.4)
-    shown = close or words[:12]
-    return ", ".join(shown) + (", …" if not close and len(words) > 12 else "")
+    if not close and len(words) > FEW:
+        return ", ".join(get_close_matches(name, words, n=4, cutoff=0.0)) + f", … ({len(words)} in all)"
+    return ", ".join(close or words)
+
+
+def _words(allowed: object) -> str:
+    """Several words as a person lists them; a shape stays a shape."""
+    if isinstance(allowed, tuple) and any(isinstance(word, str) for word in allowed):
+        return ", ".join(map(str, allowed))
+    return str(allowed)

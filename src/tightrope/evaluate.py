@@ -46,6 +46,31 @@ def count_hits(model: nn.Module, batches: Batches) -> tuple[int, int]:
     return hits, seen
 
 
+def chance(model: nn.Module, data: Data, *, limit: int = 256) -> tuple[float, float]:
+    """(recall, luck) on the first `limit` validation images, in [0, 1].
+
+    `recall` is the mean over the classes of the share that is recognised, so that a constant answer gains
+    nothing where one class is frequent; `luck` is what guessing reaches in 999 of 1,000 cases. Outputs that
+    are not (N, classes) give (1, 0).
+    """
+    found = []
+    with evaluating(model), torch.inference_mode():
+        for x, y in data.batches("validation", 64, limit=limit):
+            outputs = model(x.to(_device(model))).cpu()
+            if outputs.dim() != 2:
+                return 1.0, 0.0
+            found.append((outputs.argmax(1) == y, y, outputs.shape[1]))
+    if not found:
+        return 1.0, 0.0
+    hits, labels = (torch.cat([part[k] for part in found]) for k in (0, 1))
+    seen = labels.bincount()
+    present = seen > 0
+    recall = labels[hits].bincount(minlength=len(seen))[present] / seen[present]
+    guess = 1 / max(found[0][2], len(seen))
+    deviation = float((guess * (1 - guess) / seen[present]).sum().sqrt()) / len(recall)
+    return float(recall.mean()), guess + 3 * deviation
+
+
 def recalibrate(model: nn.Module, batches: Batches) -> None:
     """Replace the running statistics of every batch-norm layer of `model` by their mean over `batches`.
 

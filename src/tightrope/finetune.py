@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +20,9 @@ from tightrope.data import Data
 from tightrope.errors import InputError
 from tightrope.evaluate import accuracy, count_hits, recalibrate
 from tightrope.hints import rewritten_sites, with_named_sites
+from tightrope.place import model_sha256
 from tightrope.recipe import SEED_STRIDE, Recipe, learning_rate
+from tightrope.shard import quiet_fabric, start_fabric
 from tightrope.training import Training
 from tightrope.types import Json
 
@@ -47,7 +45,8 @@ def finetune(
 
     Its weights are the averaged ones (`Recipe.ema`) after the last epoch, its batch-norm statistics those of
     training images under those weights. Each epoch ends with a record for `log` (in the first process):
-    epoch, step, loss (mean), validation_accuracy, lr, seconds. The test split is not read.
+    epoch, step, loss (mean), validation_accuracy (before those statistics), lr, seconds. The test split is
+    not read.
 
     With `checkpoint`, a file, the run is saved every epoch and when interrupted (KeyboardInterrupt; with
     several processes only every epoch, and all must see the same file), and a call with the same arguments
@@ -58,8 +57,8 @@ def finetune(
     to another run.
     """
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
-        fabric = _launch(recipe)
+        stack.enter_context(quiet_fabric())
+        fabric = start_fabric(recipe.devices, recipe.nodes, recipe.accelerator, recipe.precision)
         cuda = [fabric.device] if fabric.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(cuda))
         rank, world = fabric.global_rank, fabric.world_size
@@ -139,42 +138,10 @@ def _identity(model: nn.Module, teacher: nn.Module | None, data: Data, recipe: R
     """What a checkpoint must agree with."""
     return {
         "recipe": asdict(recipe),
-        "model": disk.fingerprint(model),
-        "teacher": None if teacher is None else disk.fingerprint(teacher),
+        "model": model_sha256(model),
+        "teacher": None if teacher is None else model_sha256(teacher),
         "data": {"name": data.name, "train": data.size("train")},
     }
-
-
-def _launch(recipe: Recipe) -> Any:
-    from lightning_fabric import Fabric  # slow to import, and evaluation does without
-
-    try:
-        fabric = Fabric(
-            accelerator=recipe.accelerator,
-            devices=recipe.devices,
-            num_nodes=recipe.nodes,
-            strategy="ddp" if recipe.devices * recipe.nodes > 1 else "auto",
-            precision=recipe.precision,
-        )
-    except Exception as error:  # Fabric raises many kinds
-        raise InputError("this machine cannot follow the recipe", got=str(error)) from error
-    fabric.launch()
-    return fabric
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Fabric reports what it starts; the caller asked for a trained network."""
-    import_module("lightning_fabric")  # which sets the level of its logger
-    logger = logging.getLogger("lightning_fabric")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning_fabric")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
 
 
 @contextmanager

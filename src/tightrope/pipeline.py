@@ -5,8 +5,11 @@ The command line is a thin layer over these; they can be called from Python just
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +18,25 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tightrope import data as datasets
 from tightrope import models
-from tightrope.bundle import DISTORTION, Bundle, read_json, write_json
-from tightrope.data import Data, load
+from tightrope.bundle import DISTORTION, Bundle, write_json
+from tightrope.data import Data
 from tightrope.errors import InputError
+from tightrope.evaluate import chance
 from tightrope.finetune import Recipe, accuracy, finetune, recalibrate
 from tightrope.graph import trace
+from tightrope.lock import check_unlocked, locked
 from tightrope.lower import lower
 from tightrope.methods import Method, method_type
 from tightrope.place import model_sha256, place
 from tightrope.program import Program
-from tightrope.rewrite import apply
+from tightrope.rewrite import apply, method_of
 from tightrope.runtimes import Runtime, runtime_type
 from tightrope.runtimes.plain import ranges
-from tightrope.shard import Shard
+from tightrope.shard import Shard, launch
 from tightrope.solve.select import Selection, price, select
-from tightrope.types import Budget, Json, Measurement, Plan, Problem
+from tightrope.types import Budget, Cost, Json, Measurement, Plan, Problem
 
 Progress = Callable[[str, int, int], None]
 SINGLE = Shard()
@@ -53,22 +59,27 @@ def search(
     root: Path | None = None,
     image_size: int | None = None,
     runtime: str = "mpc",
+    overwrite: bool = False,
     progress: Progress = quiet,
+    warn: Callable[[str], object] = warnings.warn,
     shard: Shard = SINGLE,
 ) -> Bundle:
     """Measure every option of `model` on training images, solve for `budget`, write a bundle at `out`.
 
-    Interrupted, the same call goes on where it stopped. Raises a TightropeError before anything is
-    written when the budget, the model or the data cannot be used.
+    Interrupted, the same call goes on where it stopped. A bundle with a fine-tuned network or measurements
+    is replaced only with `overwrite`. `warn` hears of a network that classifies no better than chance.
+    Raises a TightropeError before anything is written when the budget, the model or the data cannot be used.
     """
     limits = Budget.parse(budget)
+    Bundle.check_target(out, overwrite=overwrite)
     chosen: Method = method_type(method)(**(config or {}))
-    images = load(data, root=root, image_size=image_size)
+    cost: Runtime = runtime_type(runtime)()
+    images = datasets.load(data, root=root, image_size=image_size)
     classes, channels = len(images.classes), images.input_shape[0]
     net = models.resolve(model, num_classes=classes, in_channels=channels, weights=weights)
     graph = trace(net, images.input_shape)
-    cost: Runtime = runtime_type(runtime)()
-    Bundle.check_target(out)
+    if shard.first:
+        _warn_of_chance(net, images, warn)
     problem = chosen.measure(
         graph,
         images,
@@ -80,35 +91,48 @@ def search(
     )
     selection = select(problem, limits)
     about = {
-        "model": model,
+        "model": models.located(model),
         "num_classes": classes,
         "in_channels": channels,
-        "data": data,
-        "root": None if root is None else str(root),
+        "data": datasets.located(data),
+        "root": None if root is None else os.path.abspath(root),
         "image_size": image_size,
         "runtime": runtime,
     }
     if shard.first:
-        bundle = Bundle.create(out, about, net)
+        bundle = Bundle.create(out, about, net, overwrite=overwrite)
         problem.save(out / "problem.npz")
-        bundle.save_plan(_plan(chosen, problem, limits, selection, model, net, images.input_shape))
+        sha256 = model_sha256(graph.module)
+        bundle.save_plan(_plan(chosen, problem, limits, selection, model, sha256, images.input_shape))
     shard.barrier()
     return Bundle(out)
 
 
-def solve(source: Bundle, budget: str, out: Path) -> Bundle:
-    """Solve the saved problem of `source` for another budget; the network is not touched."""
-    problem, old = source.problem(), source.plan()
+def _warn_of_chance(net: nn.Module, images: Data, warn: Callable[[str], object]) -> None:
+    recall, luck = chance(net, images)
+    if recall <= luck:
+        warn(
+            f"the network classifies no better than chance: {recall:.1%} of the validation images, classes "
+            "counting the same.\nIs it trained? Weights are read with --weights FILE.safetensors (weights=)"
+        )
+
+
+def solve(source: Bundle, budget: str, out: Path, *, overwrite: bool = False) -> Bundle:
+    """Solve the saved problem of `source` for another budget; the network is not touched.
+
+    `out` may be a bundle with a fine-tuned network or measurements only with `overwrite`.
+    """
     limits = Budget.parse(budget)
-    selection = select(problem, limits)
-    chosen: Method = method_type(old.method)(**old.config)
-    base = source.base()
-    about = {k: v for k, v in source.about.items() if k not in ("schema", "versions")}
     if out.resolve() == source.path.resolve():
         raise InputError("solve needs a bundle of its own", where=str(out), fix="another --out")
-    bundle = Bundle.create(out, about, base)
+    Bundle.check_target(out, overwrite=overwrite)
+    problem, old = source.problem(), source.plan()
+    selection = select(problem, limits)
+    about = {k: v for k, v in source.about.items() if k not in ("schema", "versions")}
+    bundle = Bundle.create(out, about, source.base(), overwrite=overwrite)
     problem.save(out / "problem.npz")
-    bundle.save_plan(_plan(chosen, problem, limits, selection, old.base, base, old.input_shape))
+    plan = _plan(method_of(old), problem, limits, selection, old.base, old.base_sha256, old.input_shape)
+    bundle.save_plan(plan)
     return bundle
 
 
@@ -118,21 +142,27 @@ def _plan(
     budget: Budget,
     selection: Selection,
     base: str,
-    net: nn.Module,
+    base_sha256: str,
     input_shape: tuple[int, ...],
 ) -> Plan:
+    """Costs of a plan are what its options are priced in: rounds, say, do not add up over options."""
     prepared = problem.meta.get("prepared", {})
+    priced = {metric for table in problem.tables for metric in table.cost}
+
+    def additive(cost: Cost) -> Cost:
+        return Cost(**{metric: getattr(cost, metric) for metric in priced})
+
     return Plan(
         method=method.name,
         config=problem.meta["config"],
         budget=str(budget),
         choices=method.choices(problem, selection.picked),
-        predicted=selection.cost,
-        baseline=problem.baseline,
+        predicted=additive(selection.cost),
+        baseline=additive(problem.baseline),
         loss=selection.loss,
         bound=selection.bound,
         base=base,
-        base_sha256=model_sha256(net),
+        base_sha256=base_sha256,
         input_shape=input_shape,
         notes=tuple(f"{site}: replaced by {how['replace']}" for site, how in prepared.items()),
     )
@@ -155,8 +185,9 @@ def apply_plan(bundle: Bundle) -> nn.Module:
             where=str(bundle.path),
             fix="a copy: tightrope solve --out",
         )
-    model = apply(bundle.base(), bundle.plan())
-    bundle.save_model(model, freeze(model, bundle.data()))
+    with locked(bundle.path):
+        model = apply(bundle.base(), bundle.plan())
+        bundle.save_model(model, freeze(model, bundle.data()))
     return model
 
 
@@ -167,12 +198,31 @@ def train(
     resume: bool = True,
     log: Callable[[Mapping[str, Json]], None] | None = None,
 ) -> dict[str, float]:
-    """Fine-tune the rewritten network with the base as teacher; freeze it; validation accuracies."""
+    """Fine-tune the rewritten network with the base as teacher; freeze it; validation accuracies.
+
+    Several processes (`Recipe.devices`, `nodes`) each run this call; the first alone writes the bundle, and
+    the others return {}. Raises BundleError when another command is writing the bundle.
+    """
+    check_unlocked(bundle.path)  # before the other processes are started
+    several = recipe.devices * recipe.nodes > 1
+    shard = launch(recipe.devices, recipe.nodes, recipe.accelerator) if several else SINGLE
+    with locked(bundle.path) if shard.first else nullcontext():
+        return _train(bundle, recipe, resume, log, shard)
+
+
+def _train(
+    bundle: Bundle,
+    recipe: Recipe,
+    resume: bool,
+    log: Callable[[Mapping[str, Json]], None] | None,
+    shard: Shard,
+) -> dict[str, float]:
     base, data = bundle.base(), bundle.data()
     model = apply(base, bundle.plan())
     checkpoint = bundle.path / "checkpoint.safetensors"
-    if not resume:
+    if not resume and shard.first:
         checkpoint.unlink(missing_ok=True)
+    shard.barrier()
 
     def record(entry: Mapping[str, Json]) -> None:
         bundle.log(entry)
@@ -180,14 +230,16 @@ def train(
             log(entry)
 
     tuned = finetune(model, data, teacher=base, recipe=recipe, checkpoint=checkpoint, log=record)
+    if not shard.first:
+        return {}
     bundle.save_model(tuned, freeze(tuned, data))
-    checkpoint.unlink(missing_ok=True)
     result = {
         "validation_base": accuracy(base, data, "validation"),
         "validation_untuned": accuracy(model, data, "validation"),
         "validation": accuracy(tuned, data, "validation"),
     }
     write_json(bundle.path / "accuracy.json", result | {"recipe": asdict(recipe)})
+    checkpoint.unlink(missing_ok=True)  # last: until here, the same call goes on from it
     return result
 
 
@@ -195,15 +247,18 @@ def test(bundle: Bundle) -> dict[str, float]:
     """Accuracy on the test split, of the original and the final network: to be read once, at the end."""
     base, data, model = bundle.base(), bundle.data(), bundle.model()
     result = {"test_base": accuracy(base, data, "test"), "test": accuracy(model, data, "test")}
-    path = bundle.path / "accuracy.json"
-    write_json(path, (read_json(path) if path.exists() else {}) | result)
+    write_json(bundle.path / "accuracy.json", bundle.accuracy() | result)
     return result
 
 
 def run(
     bundle: Bundle, x: NDArray[Any], *, runtime: str = "mpc", config: Mapping[str, Json] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Measurement]:
-    """Execute the frozen network on (N, C, H, W); outputs of the runtime and of `plain`, and the cost."""
+    """Execute the frozen network on (N, C, H, W); outputs of the runtime and of `plain`, and the cost.
+
+    The processes of `mpc` inherit the environment. Set OMP_WAIT_POLICY=passive before Python starts, as the
+    command line does for itself: threads that spin while they wait starve the other parties.
+    """
     program = bundle.program()
     program.check_input(x)
     chosen: Runtime = runtime_type(runtime)(**(config or {}))
@@ -239,10 +294,14 @@ def curve(
 
     Batch-norm statistics are re-estimated on training images first, for every plan and control alike.
 
-    At every third budget the method's controls are measured too.
+    At every third budget the method's controls are measured too. Raises InputError for less than one point,
+    or less than one image (`limit`).
     """
+    for name, value in (("points", points), ("limit", limit)):
+        if value < 1:
+            raise InputError(f"{name} must be positive", got=value, allowed="1 or more")
     problem, plan, data = bundle.problem(), bundle.plan(), bundle.data()
-    method: Method = method_type(plan.method)(**plan.config)
+    method = method_of(plan)
     metric = Budget.parse(plan.budget).limits[0].metric
     graph = trace(bundle.base(), plan.input_shape)
 
@@ -270,8 +329,3 @@ def curve(
         progress("accuracy against budget", k + 1, points)
     write_json(bundle.path / "curve.json", rows)
     return rows
-
-
-def with_limit(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with the given, not None, settings."""
-    return replace(recipe, **{k: v for k, v in changes.items() if v is not None})

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from tightrope.errors import BundleError, InputError, near
 from tightrope.graph import Graph, trace
@@ -15,12 +15,28 @@ from tightrope.types import Json, Site
 Rewrite = Callable[[Site, nn.Module, Json], nn.Module]
 
 
-def model_sha256(model: nn.Module) -> str:
-    """Hash of every name, shape and byte of the state dict: the identity of a trained network."""
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of every name, shape, type and byte."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    for key, tensor in sorted(tensors.items()):
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_sha256(model: nn.Module) -> str:
+    """The identity of a trained network: its tensors, and what they do not show. These are the name, kind
+    and settings of every module, and, once it is traced, every call in order.
+    """
+    digest = hashlib.sha256(tensors_sha256(model.state_dict()).encode())
+    for name, module in model.named_modules():
+        if name:  # a traced network is of another class than the one it came from
+            kind, patches = type(module).__qualname__, getattr(module, "patches", "")
+            digest.update(f"{name}:{kind}({module.extra_repr()}){patches}\n".encode())
+    if isinstance(model, fx.GraphModule):
+        for node in model.graph.nodes:
+            target = getattr(node.target, "__name__", node.target)
+            digest.update(f"{node.name}={node.op} {target}{node.args}{node.kwargs}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,6 +1,5 @@
-"""The frozen network: a closed list of typed ops with folded batch-norm. All that a runtime ever sees.
+"""The frozen network: ops in execution order (`tightrope.ops`) and their weights. All that a runtime sees.
 
-An op's `name` is also the name of the value it makes. Shapes leave out the batch: (C, H, W) or (F,).
 The structure (`Program.ops`) is public; `Program.tensors` holds the secret weights and may be left out.
 """
 
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,175 +14,48 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from tightrope.errors import BundleError, InputError
-from tightrope.types import Cost, atomic_write, check_schema
+from tightrope.forms import Amount, mismatch, parse
+from tightrope.ops import (
+    OPS,
+    WEIGHTED,
+    Add,
+    AvgPool2d,
+    Concat,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    HardSigmoid,
+    HardSwish,
+    Linear,
+    MaxPool2d,
+    Mul,
+    Op,
+    Pad,
+    Pair,
+    Relu,
+    Shape,
+    Sigmoid,
+    Silu,
+    Upsample,
+    base_cost,
+)
+from tightrope.types import SCHEMA, atomic_write, check_schema
 
-SCHEMA = 1
-Pair = tuple[int, int]
+__all__ = [
+    "OPS", "WEIGHTED", "Add", "AvgPool2d", "Concat", "Conv2d", "Flatten", "GlobalAvgPool", "HardSigmoid",
+    "HardSwish", "Linear", "MaxPool2d", "Mul", "Op", "Pad", "Pair", "Program", "Relu", "Sigmoid", "Silu",
+    "Upsample", "base_cost",
+]  # fmt: skip
+
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Op:
-    """Abstract; the final classes below are the whole language."""
-
-    kind: ClassVar[str]
-    name: str
-    inputs: tuple[str, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conv2d(Op):
-    """Cross-correlation plus bias; weight (out, in / groups, kh, kw), padding (left, right, top, bottom)."""
-
-    kind = "conv2d"
-    kernel: Pair
-    stride: Pair = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-    in_channels: int
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return (self.shape[0], self.in_channels // self.groups, *self.kernel)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Linear(Op):
-    """y = W x + b over the last axis; weight (out, in)."""
-
-    kind = "linear"
-    in_features: int
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return (self.shape[-1], self.in_features)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Add(Op):
-    kind = "add"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mul(Op):
-    """Elementwise product; the second input may be (C, 1, 1)."""
-
-    kind = "mul"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Concat(Op):
-    """Along the channels."""
-
-    kind = "concat"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AvgPool2d(Op):
-    """Average over windows; with `count_padding` the divisor is the window, else its part inside."""
-
-    kind = "avg_pool"
-    kernel: Pair
-    stride: Pair
-    padding: Pair = (0, 0)
-    ceil_mode: bool = False
-    count_padding: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlobalAvgPool(Op):
-    """(C, H, W) -> (C, 1, 1)."""
-
-    kind = "global_avg_pool"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaxPool2d(Op):
-    kind = "max_pool"
-    kernel: Pair
-    stride: Pair
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    ceil_mode: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Relu(Op):
-    """One sign per tile of each channel (`tightrope.nn.BlockReLU`): (0, 0) identity, (1, 1) plain ReLU.
-
-    `upper` clips from above with a second DReLU per tile (ReLU6: 6.0).
-    """
-
-    kind = "relu"
-    patches: tuple[Pair, ...]
-    upper: float | None = None
-
-    @property
-    def tiles(self) -> tuple[int, ...]:
-        """Tiles per channel; 0 for an identity channel."""
-        H, W = self.shape[1:] if len(self.shape) == 3 else (1, 1)
-        return tuple(-(-H // p) * -(-W // q) if p else 0 for p, q in self.patches)
-
-    @property
-    def drelus(self) -> int:
-        return sum(self.tiles) * (1 if self.upper is None else 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sigmoid(Op):
-    kind = "sigmoid"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardSigmoid(Op):
-    """clip(x + 3, 0, 6) / 6."""
-
-    kind = "hard_sigmoid"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Silu(Op):
-    kind = "silu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardSwish(Op):
-    kind = "hard_swish"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pad(Op):
-    """Zeros around the map: (left, right, top, bottom)."""
-
-    kind = "pad"
-    padding: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Upsample(Op):
-    kind = "upsample"
-    factor: Pair
-    mode: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flatten(Op):
-    kind = "flatten"
-
-
-OPS: dict[str, type[Op]] = {
-    cls.kind: cls
-    for cls in (
-        Conv2d, Linear, Add, Mul, Concat, AvgPool2d, GlobalAvgPool, MaxPool2d, Relu, Sigmoid,
-        HardSigmoid, Silu, HardSwish, Pad, Upsample, Flatten,
-    )
+FORM = {
+    "input_shape": [int], "output": str, "ranges": {str: Amount},
+    "ops": [{"kind": str, "name": str, "inputs": [str], "shape": [int]}],
 }  # fmt: skip
-WEIGHTED = (Conv2d, Linear)
 
 
 @dataclass(frozen=True)
@@ -252,19 +123,32 @@ class Program:
         directory.mkdir(parents=True, exist_ok=True)
         atomic_write(directory / "program.json", lambda f: f.write(self.structure().encode()))
         if self.tensors:
-            data = save({k: np.ascontiguousarray(v) for k, v in self.tensors.items()})
+            arrays = {k: np.ascontiguousarray(v) for k, v in self.tensors.items()}
+            data = save(arrays, metadata={"sha256": self._seal()})
             atomic_write(directory / "program.safetensors", lambda f: f.write(data))
 
     @classmethod
     def load(cls, directory: Path, *, weights: bool = True) -> Program:
-        """Read what `save` wrote. Raises BundleError when anything is missing, unknown or inconsistent."""
+        """Read what `save` wrote.
+
+        Raises BundleError when anything is missing, unknown or inconsistent: ops that do not fit their
+        inputs, and weights, or with weights any part at all, that are not those saved.
+        """
         path = directory / "program.json"
+        seal = None
         try:
-            body = json.loads(path.read_text())
+            body = parse(path.read_bytes())
             check_schema(body, path)
+            if wrong := mismatch(body, FORM):
+                raise ValueError(wrong)
             ops = tuple(_op(entry) for entry in body["ops"])
-            tensors = load_file(directory / "program.safetensors") if weights else {}
+            tensors: dict[str, Array] = {}
+            if weights:
+                with safe_open(directory / "program.safetensors", framework="numpy") as file:
+                    seal = (file.metadata() or {}).get("sha256")
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             program = cls(ops, tuple(body["input_shape"]), body["output"], tensors, body["ranges"])
+            program._check_shapes(path)
         except FileNotFoundError as error:
             raise BundleError(
                 "no program", where=str(error.filename or directory), fix="tightrope finetune"
@@ -275,7 +159,39 @@ class Program:
             raise BundleError("the program is damaged", where=str(directory), got=str(error)) from error
         if weights:
             program._check_tensors(directory)
+            if seal != program._seal():
+                raise BundleError(
+                    "the program is damaged: not the structure and weights that were saved",
+                    where=str(directory),
+                    got="no hash" if seal is None else f"contents unlike the hash {seal[:12]}…",
+                    fix="make it again: tightrope apply or finetune",
+                )
         return program
+
+    def _seal(self) -> str:
+        """Hash of structure and weights together; kept with the weights, since the structure is public."""
+        digest = hashlib.sha256(self.structure().encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}{tensor.shape}{tensor.dtype}".encode())
+            digest.update(np.ascontiguousarray(tensor).tobytes())
+        return digest.hexdigest()
+
+    def _check_shapes(self, where: Path) -> None:
+        """Every op gets as many inputs as it takes, and makes of their shapes the one that it claims."""
+        shapes: dict[str, Shape] = {self.INPUT: self.input_shape}
+        for op in self.ops:
+            try:
+                made: object = op.result(*(shapes[value] for value in op.inputs))
+            except (ArithmeticError, TypeError, ValueError) as error:
+                made = str(error)
+            if made != op.shape or min(op.shape, default=0) < 1:
+                raise BundleError(
+                    f"the op {op.name} ({op.kind}) does not fit its inputs",
+                    where=str(where),
+                    got=made,
+                    allowed=op.shape,
+                )
+            shapes[op.name] = op.shape
 
     def _check_tensors(self, where: Path) -> None:
         for op in self.ops:
@@ -306,22 +222,3 @@ def _op(entry: dict[str, Any]) -> Op:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def base_cost(op: Op) -> Cost:
-    """DReLUs, MACs and weights of one op per sample: the part of a cost that every runtime shares.
-
-    A max-pool compares k - 1 times per output; ReLU6, hard-sigmoid and hard-swish compare twice.
-    """
-    size = math.prod(op.shape)
-    if isinstance(op, WEIGHTED):
-        weights = math.prod(op.weight_shape)
-        positions = size // op.weight_shape[0]
-        return Cost(macs=weights * positions, weights=weights + op.weight_shape[0])
-    if isinstance(op, Relu):
-        return Cost(drelus=op.drelus)
-    if isinstance(op, MaxPool2d):
-        return Cost(drelus=size * (math.prod(op.kernel) - 1))
-    if isinstance(op, HardSigmoid | HardSwish):
-        return Cost(drelus=2 * size)
-    return Cost()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from tightrope.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 SEED_STRIDE = 1_000_003  # between recipe seeds: neighbouring ones share no epoch's order
 
@@ -64,6 +65,8 @@ class Recipe:
 
     @property
     def memory_format(self) -> torch.memory_format:
+        import torch  # the command line shows these settings without waiting for it
+
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 

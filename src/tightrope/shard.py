@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tightrope.errors import InputError
 
 
 def _same(x: Tensor) -> Tensor:
@@ -39,16 +46,17 @@ class Shard:
 def launch(devices: int = 1, nodes: int = 1, accelerator: str = "cpu") -> Shard:
     """Start `devices` processes on each of `nodes` machines with Lightning Fabric and join them.
 
-    With more than one process, Fabric runs the current command again for each of the others.
+    With more than one process, Fabric runs the current command again for each of the others. Raises
+    InputError for a number below 1, and for an accelerator or devices that this machine does not have.
     """
+    for name, value in (("devices", devices), ("nodes", nodes)):
+        if value < 1:
+            raise InputError(f"{name} must be positive", got=value, allowed="1 or more")
     if devices * nodes == 1 and accelerator == "cpu":
         return Shard()
-    from lightning_fabric import Fabric
-
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    strategy = "ddp" if devices * nodes > 1 else "auto"
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
-    fabric.launch()
+    with quiet_fabric():
+        fabric = start_fabric(devices, nodes, accelerator)
 
     def total(x: Tensor) -> Tensor:
         summed = fabric.all_reduce(x.to(fabric.device), reduce_op="sum")
@@ -56,3 +64,39 @@ def launch(devices: int = 1, nodes: int = 1, accelerator: str = "cpu") -> Shard:
         return summed.cpu()
 
     return Shard(fabric.global_rank, fabric.world_size, fabric.device, total, fabric.barrier)
+
+
+def start_fabric(devices: int, nodes: int, accelerator: str, precision: Any = "32-true") -> Any:
+    """A launched Fabric. Raises InputError for what this machine does not have."""
+    from lightning_fabric import Fabric  # slow to import, and one process on the CPU does without
+
+    try:
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy="ddp" if devices * nodes > 1 else "auto",
+            precision=precision,
+        )
+    except Exception as error:  # Fabric raises many kinds
+        raise InputError(
+            "this machine does not have these devices",
+            got=f"accelerator {accelerator}, {devices} devices, {precision}: {error}",
+        ) from error
+    fabric.launch()
+    return fabric
+
+
+@contextmanager
+def quiet_fabric() -> Iterator[None]:
+    """Fabric reports what it starts; the caller asked for a result."""
+    import_module("lightning_fabric")  # which sets the level of its logger
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

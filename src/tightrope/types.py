@@ -7,7 +7,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.errors import BudgetError, BundleError, near
+from tightrope.forms import mismatch, parse
 
 Json = Any  # what json.loads may return
 FloatArray = NDArray[np.float64]
@@ -52,6 +54,8 @@ class Cost:
 
 
 METRICS: tuple[str, ...] = tuple(f.name for f in fields(Cost))
+ADDITIVE = ("drelus", "online_bytes", "offline_bytes")  # sums over the choices: what a budget may limit
+COST_FORM: dict[Any, Any] = {f"{metric}?": float for metric in METRICS}
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -82,7 +86,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read limits separated by commas. `%` and `x` are relative to the unchanged network.
+        """Read limits separated by commas. `%` and `x` are relative to the unchanged network: 12% is 0.12x.
 
         Raises BudgetError for anything that is not `METRIC<=NUMBER[%|x]`.
         """
@@ -98,7 +102,9 @@ class Budget:
                 )
             metric, number, unit = match.groups()
             if metric not in METRICS:
-                raise BudgetError("unknown quantity in the budget", got=metric, allowed=near(metric, METRICS))
+                raise BudgetError(
+                    "unknown quantity in the budget", got=metric, allowed=near(metric, ADDITIVE)
+                )
             try:
                 value = float(number.replace("_", ""))
             except ValueError:
@@ -193,7 +199,7 @@ class Problem:
     def load(cls, path: Path) -> Problem:
         try:
             with path.open("rb") as f, np.load(f, allow_pickle=False) as data:
-                head = json.loads(bytes(data["head"]).decode())
+                head = parse(bytes(data["head"]))
                 check_schema(head, path)
                 tables = tuple(
                     Table(
@@ -246,9 +252,12 @@ class Plan:
     @classmethod
     def from_json(cls, text: str, where: Path) -> Plan:
         try:
-            body = json.loads(text)
+            body = parse(text)
             check_schema(body, where)
             del body["schema"]
+            if wrong := mismatch(body, PLAN_FORM):
+                raise ValueError(wrong)
+            Budget.parse(body["budget"])
             body["predicted"] = Cost(**body["predicted"])
             body["baseline"] = Cost(**body["baseline"])
             body["input_shape"] = tuple(body["input_shape"])
@@ -258,6 +267,13 @@ class Plan:
             raise
         except Exception as error:  # any shape of wrong JSON
             raise BundleError("the plan is damaged", where=str(where), got=str(error)) from error
+
+
+PLAN_FORM = {
+    "method": str, "config": dict, "budget": str, "choices": {str: dict}, "predicted": COST_FORM,
+    "baseline": COST_FORM, "loss": float, "bound": float, "base": str, "base_sha256": str,
+    "input_shape": [int], "notes": [str],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -292,10 +308,10 @@ class Measurement:
         return asdict(self) | {"ops": ops, "total": self.total.as_dict()}
 
 
-def check_schema(body: Mapping[str, Json], where: Path) -> None:
-    if body.get("schema") != SCHEMA:
+def check_schema(body: Mapping[str, Json], where: Path, schema: int = SCHEMA) -> None:
+    if body.get("schema") != schema:
         raise BundleError(
-            "written by another version", where=str(where), got=f"schema {body.get('schema')}", allowed=SCHEMA
+            "written by another version", where=str(where), got=f"schema {body.get('schema')}", allowed=schema
         )
 
 
@@ -304,10 +320,21 @@ def atomic_write(path: Path, write: Callable[[Any], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with naming(path), os.fdopen(handle, "wb") as f:
             write(f)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within that does not say its file, as of a full disk, is about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ __all__ = [
     "ImageSpec",
     "Split",
     "load",
+    "located",
     "read_image",
 ]
 
@@ -32,6 +34,11 @@ _SOURCES: dict[str, Callable[[Path | None, float | int | None, int], Arrays]] = 
     "cifar100": cifar100,
 }
 NAMES = tuple(_SOURCES)
+
+
+def located(name: str) -> str:
+    """`name` as it means the same from every directory: the path of a directory becomes absolute."""
+    return name if name in _SOURCES else os.path.abspath(Path(name).expanduser())
 
 
 def load(

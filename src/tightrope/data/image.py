@@ -59,7 +59,7 @@ def read_image(path: str | Path, spec: Pixels, *, resize: bool = False) -> Tenso
                 where=str(path),
                 got=f"{image.height}x{image.width} (height x width)",
                 allowed=f"{height}x{width}",
-                fix="ask for resizing explicitly (resize=True): shorter side scaled, centre cut out",
+                fix="--resize (in Python resize=True): the shorter side is scaled, the centre cut out",
             )
         image = resize_and_crop(image, height, width, MARGIN if spec.any_size else 1.0)
     return normalise(to_tensor(image)[None], spec.mean, spec.std)

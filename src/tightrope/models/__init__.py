@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from tightrope.models.resnet import cifar_resnet, demo_shape, resnet18
 from tightrope.models.vgg import VGG
 from tightrope.models.weights import load_weights
 
-__all__ = ["NAMES", "load_weights", "resolve"]
+__all__ = ["NAMES", "load_weights", "located", "resolve"]
 
 DEMO_WEIGHTS = Path(__file__).parent.parent / "assets" / "demo.safetensors"
 DEMO_CLASSES, DEMO_CHANNELS = 10, 1
@@ -33,6 +34,14 @@ _LIBRARIES: dict[str, Callable[[str, int | None, int | None], nn.Module]] = {
     "timm": from_timm,
 }
 NAMES = ("demo", *_BUILDERS)
+
+
+def located(spec: str) -> str:
+    """`spec` as it means the same from every directory: the path of a Python file becomes absolute."""
+    file, _, function = spec.rpartition(":")
+    if spec in NAMES or spec.partition(":")[0] in _LIBRARIES or not file.endswith(".py"):
+        return spec
+    return f"{os.path.abspath(Path(file).expanduser())}:{function}"
 
 
 def resolve(

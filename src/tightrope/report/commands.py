@@ -19,7 +19,7 @@ def missing(facts: Facts) -> dict[str, str]:
     path = str(facts.bundle.path)
     frozen = [] if facts.program is not None else [_join("finetune", path)]
     return {
-        "search": _line("search", facts, "--verify", "100"),
+        "search": _line("search", facts, _again(facts), "--verify", "100"),
         "finetune": _join("finetune", path, "--test"),
         "run": " && ".join([*frozen, _join("run", path, "--runtime", "mpc", "--count", "16")]),
         "curve": _join("curve", path),
@@ -27,13 +27,16 @@ def missing(facts: Facts) -> dict[str, str]:
 
 
 def reproduce(facts: Facts) -> str:
-    """Every step whose result lies in the bundle, one a line; the search starts from the bundle's weights."""
-    path, plan = str(facts.bundle.path), facts.plan
+    """Every step whose result lies in the bundle, one a line, into a second bundle beside it.
+
+    The search starts from the weights of this one.
+    """
+    path, plan = _again(facts), facts.plan
     config = dict(plan.config)
     default = asdict(method_type(plan.method)())
     changed = {k: v for k, v in config.items() if v != default.get(k)}
     chosen = _flags({k: v for k, v in changed.items() if k in SEARCH_FLAGS})
-    lines = [_line("search", facts, *chosen)]
+    lines = [_line("search", facts, path, *chosen)]
     if unflagged := {k: v for k, v in changed.items() if k not in SEARCH_FLAGS}:
         settings = ", ".join(f"{k}={v!r}" for k, v in unflagged.items())
         lines.insert(0, f"# settings that only Python has: {settings}")
@@ -53,7 +56,12 @@ def reproduce(facts: Facts) -> str:
     return "\n".join([*lines, _join("report", path)])
 
 
-def _line(verb: str, facts: Facts, *more: str) -> str:
+def _again(facts: Facts) -> str:
+    """A search does not overwrite what a bundle holds."""
+    return f"{facts.bundle.path}-again"
+
+
+def _line(verb: str, facts: Facts, out: str, *more: str) -> str:
     about, path = facts.about, facts.bundle.path
     words = [
         *("--model", str(about.get("model", facts.plan.base))),
@@ -64,7 +72,7 @@ def _line(verb: str, facts: Facts, *more: str) -> str:
         *("--budget", facts.plan.budget),
         *_flags({k: about[k] for k in ("runtime",) if k in about}),
         *more,
-        *("--out", str(path)),
+        *("--out", out),
     ]
     return _join(verb, *words)
 

@@ -126,3 +126,5 @@ def _analytic(facts: Facts, run: Mapping[str, Json]) -> tuple[dict[str, Cost], s
         return dict(predicted.ops), None
     except TightropeError as error:
         return {}, error.what
+    except TypeError:
+        return {}, "its recorded settings are not those of the runtime"

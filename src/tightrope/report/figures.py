@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from tightrope.decisions import Decision, Pair
 from tightrope.nn.block_relu import tiles
 from tightrope.report import formats
-from tightrope.report.facts import Facts, Pair, SiteFacts
+from tightrope.report.facts import Facts
 from tightrope.report.svg import Point, Series, axis, chart, tiled_map
 from tightrope.types import Json
 
@@ -51,7 +52,7 @@ class PatchGroup:
     picture: Markup
 
 
-def patch_groups(site: SiteFacts) -> list[PatchGroup]:
+def patch_groups(site: Decision) -> list[PatchGroup]:
     """Smallest patches first, the identity last."""
     groups = []
     ordered = sorted(

@@ -113,7 +113,7 @@ def provenance(facts: Facts) -> list[tuple[str, str]]:
     about, plan, run = facts.about, facts.plan, facts.run
     prepared = "; ".join(plan.notes) or "none: the network was taken as it came"
     return [
-        ("model", f"{plan.base}, SHA-256 of its weights {plan.base_sha256}"),
+        ("model", f"{plan.base}, SHA-256 {plan.base_sha256}"),
         ("data", str(about.get("data", "not recorded"))),
         ("budget", plan.budget),
         ("preparation", prepared),
