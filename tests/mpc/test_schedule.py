@@ -185,7 +185,9 @@ def test_ranges_are_required_and_checked() -> None:
         compile_program(far, MPC())
     assert "where:   0" in str(error.value) and "MPC(weight_bits=20)" in str(error.value)
     compile_program(far, MPC(weight_bits=20))
-    sums = replace(program, ranges=program.ranges | {"1:tiles": 2.0**17})
+    sums = replace(program, ranges=program.ranges | {"1:tiles": 2.0**17})  # fit after a truncation
+    assert [s.op for s in steps(sums, Truncate)] == ["1"]
+    sums = replace(program, ranges=program.ranges | {"1:tiles": 2.0**38})
     with pytest.raises(InputError, match="overflow"):
         compile_program(sums, MPC())
 

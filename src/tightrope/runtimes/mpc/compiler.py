@@ -131,6 +131,11 @@ class Compiler:
         )
         return output
 
+    def comparable(self, wire: Wire, limit: float, op: str) -> Wire:
+        """The wire, truncated if sums of up to `limit` do not fit the ring beside its bits."""
+        fits = self.fits(wire) and self.fits(replace(wire, limit=limit))
+        return wire if fits else self.narrow(wire, op)
+
     def narrow(self, wire: Wire, op: str) -> Wire:
         """The wire with `fraction_bits` fractional bits: truncated once, for all who ask."""
         if wire.scale == self.config.fraction_bits:

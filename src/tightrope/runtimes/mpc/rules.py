@@ -97,38 +97,37 @@ def _shape_only(c: Compiler, op: Op, inputs: list[Wire]) -> Wire:
 
 
 def _relu(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
-    source = inputs[0]
     if not op.drelus:
         return _shape_only(c, op, inputs)
-    f = c.config.fraction_bits
+    limit, f = c.limit(f"{op.name}:tiles", op.name), c.config.fraction_bits
+    source = c.comparable(inputs[0], limit, op.name)
     pieces: tuple[Piece, ...] = (Piece(),)
     if op.upper is not None:
         clip = op.upper / source.mu
         pieces += (Piece(round(clip * 2**source.scale), linear=-1, constant=round(clip * 2**f)),)
-    limit = c.limit(f"{op.name}:tiles", op.name)
     return c.gate(op.name, op, source, c.result(op, f, source.mu), pieces=pieces, limit=limit)
 
 
 def _hard_sigmoid(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
     """[x > -3] * (x + 3) / 6 + [x > 3] * (3 - x) / 6."""
-    source, f = inputs[0], c.config.fraction_bits
+    limit, f = inputs[0].limit + 3, c.config.fraction_bits
+    source = c.comparable(inputs[0], limit, op.name)
     more, mu = normal(source.mu / 6)
     edge, three = (round(3 / source.mu * 2**scale) for scale in (source.scale, f))
     pieces = (Piece(-edge, constant=three), Piece(edge, linear=-1, constant=three))
-    return c.gate(
-        op.name, _every(op), source, c.result(op, f + more, mu), pieces=pieces, limit=source.limit + 3
-    )
+    return c.gate(op.name, _every(op), source, c.result(op, f + more, mu), pieces=pieces, limit=limit)
 
 
 def _hard_swish(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
     """[x > -3] * (x^2 + 3x) / 6 + [x > 3] * (3x - x^2) / 6, with twice the fractional bits."""
-    source, f = inputs[0], c.config.fraction_bits
+    limit, f = inputs[0].limit + 3, c.config.fraction_bits
+    source = c.comparable(inputs[0], limit, op.name)
     more, mu = normal(source.mu**2 / 6)
     edge, three = (round(3 / source.mu * 2**scale) for scale in (source.scale, f))
     pieces = (Piece(-edge, square=1, linear=three), Piece(edge, square=-1, linear=three))
     result = c.result(op, 2 * f + more, mu)
     c.check(result, op.name, "fraction_bits", 2)
-    return c.gate(op.name, _every(op), source, result, pieces=pieces, limit=source.limit + 3)
+    return c.gate(op.name, _every(op), source, result, pieces=pieces, limit=limit)
 
 
 def _every(op: Op) -> Relu:
@@ -154,8 +153,7 @@ def _max_pool(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
     size = (source.shape[1], source.shape[2])
     if any(not run for axis in window_axes(op, size) for run in axis.runs):
         raise TraceError("a window of a max-pool lies outside of its input", where=op.name, got=op)
-    if not c.fits(replace(source, limit=2 * source.limit)):
-        source = c.narrow(source, op.name)
+    source = c.comparable(source, 2 * source.limit, op.name)
     return _play(c, op.name, max_pool_stages(op, size), source, c.result(op, source.scale, source.mu))
 
 
