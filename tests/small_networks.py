@@ -102,11 +102,55 @@ class Patches(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Pools(nn.Module):
+    """Max-pools: on untruncated and on truncated values, overlapping, dilated, padded, ragged, of one tap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(2, 4, 3, 1, 1),
+            nn.MaxPool2d(3, 1, 1),
+            nn.ReLU(),
+            nn.MaxPool2d((3, 2), (2, 1), (1, 0), (1, 2), ceil_mode=True),
+            nn.Conv2d(4, 4, 1),
+            nn.MaxPool2d((1, 3), 2, ceil_mode=True),
+            nn.MaxPool2d(1),
+        )
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+class Squeeze(nn.Module):
+    """MobileNetV3 order: hard-swish, squeeze-and-excitation; products of two maps; bilinear enlarging."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, 2, 1), nn.Hardswish())
+        self.deep = nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.BatchNorm2d(6), nn.Hardswish())
+        self.reduce, self.expand = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1)
+        self.project = nn.Conv2d(6, 6, 1)
+        self.grow = nn.Upsample(scale_factor=(2, 3), mode="bilinear")
+        self.head = nn.Sequential(nn.Conv2d(6, 4, 3, 2), nn.AvgPool2d(3, 2), nn.Hardswish())
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.deep(x)
+        squeezed = nn.functional.hardsigmoid(self.expand(torch.relu(self.reduce(y.mean((2, 3), True)))))
+        x = x + self.project(y * squeezed)
+        x = self.grow(x * nn.functional.hardsigmoid(x))
+        return self.fc(self.head(x).mean((2, 3)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "dense": Dense,
     "branches": Branches,
     "patches": Patches,
+    "pools": Pools,
+    "squeeze": Squeeze,
 }
 INPUT = (2, 7, 9)
 

@@ -14,7 +14,7 @@ from tightrope.program import AvgPool2d, Conv2d, Linear, Relu
 from tightrope.runtimes.mpc import MPC, compile_program, fss, gates, oracle
 from tightrope.runtimes.mpc.fixed import encode, local, multiply, pool_divisor, tensor, words
 from tightrope.runtimes.mpc.prg import Stream
-from tightrope.runtimes.mpc.steps import Gate, Local, Truncate, Wire, truncation_fields
+from tightrope.runtimes.mpc.steps import Gate, Local, Piece, Truncate, Wire, truncation_fields
 from tightrope.runtimes.plain import evaluate
 
 EDGES = [0, 1, -1, 2**22 - 1, 2**22, -(2**22), 5 * 2**22, 2**44 + 12345, 2**62 - 1, -(2**62), 1 - 2**62]
@@ -129,7 +129,15 @@ def gate_step(patch: tuple[int, int], size: tuple[int, int], shift: int, thresho
     relu = Relu(name="g", inputs=("z",), shape=(1, *size), patches=(patch,))
     wire = Wire("z", (1, *size), 22 + shift, 1.0, 1.0, static=False)
     return Gate(
-        index=0, op="g", kernel=relu, input=wire, output=wire, shift=shift, bits=42, thresholds=thresholds
+        index=0,
+        op="g",
+        kernel=relu,
+        input=wire,
+        output=wire,
+        shift=shift,
+        trim=shift,
+        bits=42,
+        pieces=tuple(Piece(threshold) for threshold in thresholds),
     )
 
 

@@ -7,5 +7,6 @@ from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.cost import Costs, costs
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
 from tightrope.runtimes.mpc.session import MPCSession
+from tightrope.runtimes.mpc.trimming import Flips, sign_flips
 
-__all__ = ["MPC", "Costs", "MPCSession", "Schedule", "compile_program", "costs"]
+__all__ = ["MPC", "Costs", "Flips", "MPCSession", "Schedule", "compile_program", "costs", "sign_flips"]

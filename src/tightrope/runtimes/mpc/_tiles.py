@@ -49,49 +49,41 @@ def spread(value: U64, choice: U8, place: I64, patch: I64, first: I64, out: U64)
 
 
 @compiled
-def repeated(value: U64, patch: I64, first: I64, out: U64) -> None:
-    """out[n, g, h, w] = the value of its tile."""
-    N, G, H, W = out.shape
-    for n in range(N):
-        for g in range(G):
-            p, q = patch[g, 0], patch[g, 1]
-            columns = (W + q - 1) // q
-            for h in range(H):
-                row = first[g] + (h // p) * columns
-                for w in range(W):
-                    out[n, g, h, w] = value[n, row + w // q]
+def _public(opened: np.uint64, shift: int) -> tuple[np.uint64, np.uint64]:
+    """(U, k), public, of floor(z / 2^shift) (or + 1) = U - (r >> shift) + k * MSB(r), from opened = z + r.
+
+    With Z = z + 2^62 below 2^63: Z + r wraps exactly if MSB(r) = 1 and MSB(Z + r) = 0.
+    """
+    if shift == 0:
+        return opened, np.uint64(0)
+    s = np.uint64(shift)
+    offset = np.uint64(1 << 62)
+    Z = opened + offset
+    return (Z >> s) - (offset >> s), (np.uint64(1) - (Z >> np.uint64(63))) << np.uint64(64 - shift)
 
 
 @compiled
 def truncated(opened: U64, trunc: U64, wrap: U64 | HALVES, shift: int, party: int, out: U64) -> None:
-    """A party's share of floor(z / 2^shift) (or + 1) from opened = z + r and shares of r >> shift and MSB(r).
-
-    With Z = z + 2^62 below 2^63: Z + r wraps exactly if MSB(r) = 1 and MSB(Z + r) = 0.
-    """
-    s = np.uint64(shift)
-    up = np.uint64(64 - shift)
-    offset = np.uint64(1 << 62)
+    """A party's share of the truncated value, from shares of r >> shift and MSB(r)."""
     own = np.uint64(party)
     for i in range(opened.shape[0]):
-        Z = opened[i] + offset
-        wrapped = (wrap[i] * (np.uint64(1) - (Z >> np.uint64(63)))) << up
-        out[i] = own * ((Z >> s) - (offset >> s)) - trunc[i] + wrapped
+        U, k = _public(opened[i], shift)
+        out[i] = own * U - trunc[i] + wrap[i] * k
 
 
 @compiled
 def selected(
     opened: U64, x: U64, bit: U8, choice: U64, choice_trunc: U64, choice_wrap: U64 | HALVES, shift: int,
-    negate: bool, place: I64, patch: I64, first: I64, channel: I64, out: U64,
+    party: int, linear: np.uint64, constant: np.uint64, place: I64, patch: I64, first: I64, channel: I64,
+    out: U64,
 ) -> None:  # fmt: skip
-    """Add a party's share of (bit xor c) * x, or its negative, to `out`; c * x from the dealer's products.
+    """Add a party's share of b * (linear * x + constant) to `out`, b = bit xor c.
 
-    c*x = public*c - c*(r >> shift) + wrap term, and b*x = c*x where the opened bit is 0, else x - c*x.
-    x holds the opened channels, `channel[g]` is the place of a gated one in `out`.
+    c*x = public*c - c*(r >> shift) + wrap term, by the dealer's products; b*x = c*x where the opened bit is
+    0, else x - c*x. x holds the opened channels, `channel[g]` is the place of a gated one in `out`.
     """
     N, _, H, W = x.shape
-    s = np.uint64(shift)
-    up = np.uint64(64 - shift)
-    offset = np.uint64(1 << 62)
+    own = np.uint64(party)
     for n in range(N):
         for g in range(place.shape[0]):
             p, q = patch[g, 0], patch[g, 1]
@@ -99,17 +91,35 @@ def selected(
             for h in range(H):
                 row = first[g] + (h // p) * columns
                 for w in range(W):
-                    tile = row + w // q
-                    z = opened[n, place[g], h, w]
-                    if shift == 0:
-                        product = z * choice[n, tile] - choice_trunc[n, g, h, w]
-                    else:
-                        Z = z + offset
-                        public = (Z >> s) - (offset >> s)
-                        wrapped = choice_wrap[n, g, h, w] * (np.uint64(1) - (Z >> np.uint64(63)))
-                        product = public * choice[n, tile] - choice_trunc[n, g, h, w] + (wrapped << up)
-                    if bit[n, tile]:
+                    c = choice[n, row + w // q]
+                    public, up = _public(opened[n, place[g], h, w], shift)
+                    product = public * c - choice_trunc[n, g, h, w] + choice_wrap[n, g, h, w] * up
+                    if bit[n, row + w // q]:
                         product = x[n, place[g], h, w] - product
-                    if negate:
-                        product = np.uint64(0) - product
-                    out[n, channel[g], h, w] += product
+                        c = own - c
+                    out[n, channel[g], h, w] += linear * product + constant * c
+
+
+@compiled
+def selected_squares(
+    opened: U64, x: U64, bit: U8, choice: U64, wrap: U64 | HALVES, square: U64,
+    cross: U64 | HALVES, choice_trunc: U64, choice_wrap: U64 | HALVES, choice_square: U64,
+    choice_cross: U64 | HALVES, shift: int, party: int, factor: np.uint64, out: U64,
+) -> None:  # fmt: skip
+    """Add a party's share of factor * b * x^2 to `out`, every array flat (one bit per element).
+
+    With t = r >> shift, w = MSB(r) and x = U - t + k*w: x^2 = 2*U*x - U^2 + t^2 - 2*k*t*w + k^2*w, and the
+    same times c.
+    """
+    own = np.uint64(party)
+    for i in range(x.shape[0]):
+        U, k = _public(opened[i], shift)
+        c = choice[i]
+        product = U * c - choice_trunc[i] + choice_wrap[i] * k
+        chosen = np.uint64(2) * U * product - U * U * c + choice_square[i]
+        chosen += k * (k * choice_wrap[i] - np.uint64(2) * choice_cross[i])
+        if bit[i]:
+            whole = np.uint64(2) * U * x[i] - own * U * U + square[i]
+            whole += k * (k * wrap[i] - np.uint64(2) * cross[i])
+            chosen = whole - chosen
+        out[i] += factor * chosen

@@ -13,7 +13,11 @@ from tightrope.program import (
     Conv2d,
     Flatten,
     GlobalAvgPool,
+    HardSigmoid,
+    HardSwish,
     Linear,
+    MaxPool2d,
+    Mul,
     Op,
     Pad,
     Program,
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from tightrope.runtimes.mpc.session import MPCSession
 
 RING_BITS = 64
+REVEALS = ("logits", "label")
 PORTS = 2  # consecutive ports that a session listens on: server, dealer
 
 
@@ -36,10 +41,13 @@ class MPC:
     fraction_bits: of activations; weight_bits: fractional bits of weights; a layer's result has both until
     it is truncated. margin: how far beyond its calibrated range a value may go before the ring or the
     comparison could overflow. noise_bits: the server adds fresh uniform noise below 2^-noise_bits to what it
-    reveals, which hides the truncation carries from the client; 0 for none. material_bytes: larger batches
-    run in pieces, so that the dealer's material stays below this. port: first of two consecutive loopback
-    ports, 0 for free ones; timeout_s: how long a party waits for another; threads: per party, 0 for half of
-    the cores.
+    reveals, which hides the truncation carries from the client; 0 for none. trim_bits: how many of the
+    fraction_bits the comparisons ignore: smaller keys, but a gate may stay shut up to 2^(trim_bits -
+    fraction_bits) above its threshold (`sign_flips` measures how often). reveal: `logits`, or
+    `label`: the client learns which output is the largest (the first of equal ones) and nothing else, as a
+    one-hot vector. material_bytes: larger batches run in pieces, so that the dealer's material stays below
+    this. port: first of two consecutive loopback ports, 0 for free ones; timeout_s: how long a party waits
+    for another; threads: per party, 0 for half of the cores.
 
     Raises InputError for a value out of range.
     """
@@ -49,6 +57,8 @@ class MPC:
     weight_bits: int = 22
     margin: float = 4.0
     noise_bits: int = 8
+    trim_bits: int = 0
+    reveal: Literal["logits", "label"] = "logits"
     material_bytes: int = 1 << 31
     port: int = 0
     timeout_s: float = 60.0
@@ -57,8 +67,11 @@ class MPC:
     name: ClassVar[str] = "mpc"
     ops: ClassVar[frozenset[str]] = frozenset(
         cls.kind
-        for cls in (Conv2d, Linear, Add, Concat, AvgPool2d, GlobalAvgPool, Relu, Flatten, Pad, Upsample)
-    )
+        for cls in (
+            Conv2d, Linear, Add, Mul, Concat, AvgPool2d, GlobalAvgPool, MaxPool2d, Relu, HardSigmoid,
+            HardSwish, Pad, Upsample, Flatten,
+        )
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         limits = {
@@ -67,6 +80,7 @@ class MPC:
             "weight_bits": (4, 28),
             "margin": (1.0, 2.0**20),
             "noise_bits": (0, 28),
+            "trim_bits": (0, 28),
             "material_bytes": (1, 2**50),
             "port": (0, 65536 - PORTS),
             "timeout_s": (0.1, 86400.0),
@@ -76,6 +90,8 @@ class MPC:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise InputError(f"{key} is out of range", where="MPC", got=value, allowed=f"{low} to {high}")
+        if self.reveal not in REVEALS:
+            raise InputError("reveal is unknown", where="MPC", got=self.reveal, allowed=", ".join(REVEALS))
 
     def agreed(self) -> dict[str, Json]:
         """What the three parties must have in common; compared in the handshake."""
@@ -84,8 +100,8 @@ class MPC:
 
     def check(self, op: Op) -> None:
         """Raise TraceError, naming the op's kind and its name, if this runtime cannot execute it."""
-        bilinear = isinstance(op, Upsample) and op.mode != "nearest"
-        if op.kind not in self.ops or bilinear:
+        unknown = isinstance(op, Upsample) and op.mode not in ("nearest", "bilinear")
+        if op.kind not in self.ops or unknown:
             raise TraceError(
                 "the mpc runtime cannot execute this op",
                 where=op.name,

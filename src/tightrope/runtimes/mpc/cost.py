@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tightrope.program import Conv2d, Linear, Op, Program, Relu, base_cost
+from tightrope.runtimes.mpc.alone import RULED, TYPICAL_RANGE, by_rule, usual_wire
 from tightrope.runtimes.mpc.config import MPC, RING_BITS
 from tightrope.runtimes.mpc.frame import HEADER_BYTES
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
@@ -16,6 +17,8 @@ from tightrope.runtimes.mpc.steps import (
     Message,
     Multiply,
     Open,
+    Piece,
+    Product,
     Reveal,
     Step,
     Truncate,
@@ -114,9 +117,6 @@ def _links(messages: Iterable[Message], batch: int) -> dict[str, int]:
     return links
 
 
-TYPICAL_RANGE = 8.0  # of an activation, where no calibration says more
-
-
 def price(op: Op, config: MPC) -> Cost:
     """What one op adds per sample, taken alone: payload without frame headers, packed bits unrounded.
 
@@ -152,6 +152,10 @@ def prices(program: Program, config: MPC) -> dict[str, Cost]:
                 if isinstance(step, Gate | Truncate)
             )
             static[op.name] = False
+        elif isinstance(op, RULED):
+            sources = [usual_wire(op, program.shape(v), config, static=static[v]) for v in op.inputs]
+            steps = by_rule(op, config, sources)
+            static[op.name] = False
         else:
             static[op.name] = all(static[value] for value in op.inputs)
         found[op.name] = _price(op, steps)
@@ -164,10 +168,11 @@ def prices(program: Program, config: MPC) -> dict[str, Cost]:
 
 def _price(op: Op, steps: tuple[Step, ...]) -> Cost:
     online = [m for step in steps for exchange in step.online for m in exchange]
-    return base_cost(op) + Cost(
+    base = replace(base_cost(op), drelus=sum(step.drelus for step in steps)) if steps else base_cost(op)
+    return base + Cost(
         online_bytes=sum(_payload(m) for m in online),
         offline_bytes=sum(_payload(m) for step in steps for m in step.offline),
-        rounds=sum(len(step.online) for step in steps if isinstance(step, Gate)),
+        rounds=sum(len(step.online) for step in steps if isinstance(step, Gate | Product)),
     )
 
 
@@ -197,7 +202,7 @@ def _relu_alone(op: Relu, config: MPC) -> tuple[Step, ...]:
     H, W = op.shape[1:] if len(op.shape) == 3 else (1, 1)
     largest = max(min(p, H) * min(q, W) for p, q in op.patches)
     bits = 1 + config.fraction_bits + math.ceil(math.log2(config.margin * TYPICAL_RANGE * largest))
-    thresholds = (0,) if op.upper is None else (0, 1)
+    pieces = (Piece(),) if op.upper is None else (Piece(), Piece())
     gate = Gate(
         index=0,
         op=op.name,
@@ -205,8 +210,9 @@ def _relu_alone(op: Relu, config: MPC) -> tuple[Step, ...]:
         input=source,
         output=result,
         shift=shift,
-        bits=min(bits, RING_BITS - shift),
-        thresholds=thresholds,
+        trim=shift + config.trim_bits,
+        bits=min(max(bits - config.trim_bits, 2), RING_BITS - shift),
+        pieces=pieces,
     )
     return (gate,)
 
@@ -232,4 +238,5 @@ ALONE: Mapping[type[Op], Callable[..., tuple[Step, ...]]] = {
     Conv2d: _layer_alone,
     Linear: _layer_alone,
     Relu: _relu_alone,
+    **dict.fromkeys(RULED, by_rule),
 }

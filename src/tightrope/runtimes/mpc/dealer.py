@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from torch import Tensor
 
 from tightrope.runtimes.mpc import fss, gates
 from tightrope.runtimes.mpc.fixed import local, multiply, tensor, words
 from tightrope.runtimes.mpc.party import Batch, Party, PhaseReport
-from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Open, Step, Truncate
+from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Open, Product, Step, Truncate, Wire
 
 
 def setup(party: Party) -> PhaseReport:
@@ -53,6 +54,19 @@ def _truncate(party: Party, step: Truncate, batch: Batch) -> None:
     party.send(step, step.offline[0], batch.size, gates.share_truncation(step, r, client))
 
 
+def _product(party: Party, step: Product, batch: Batch) -> None:
+    client = party.streams["client"].open("opening", step.index, batch.counter)
+    server = party.streams["server"].open("opening", step.index, batch.counter)
+
+    def mask(wire: Wire) -> Tensor:
+        shape = (batch.size, *wire.shape)
+        return tensor(client.ring(shape) + server.ring(shape), shape)
+
+    a, b = mask(step.left), mask(step.right)
+    share = words(a * b).reshape(-1) - client.ring(batch.size * step.output.size)
+    party.send(step, step.offline[0], batch.size, {"product": share})
+
+
 def _gate(party: Party, step: Gate, batch: Batch) -> None:
     client = party.streams["client"].open("opening", step.index, batch.counter)
     server = party.streams["server"].open("opening", step.index, batch.counter)
@@ -77,5 +91,6 @@ OFFLINE: Mapping[type[Step], Callable[..., None]] = {
     Local: _local,
     Multiply: _multiply,
     Truncate: _truncate,
+    Product: _product,
     Gate: _gate,
 }

@@ -30,7 +30,8 @@ from tightrope.program import (
     Relu,
     Upsample,
 )
-from tightrope.runtimes.mpc.steps import Local, Multiply, Wire
+from tightrope.runtimes.mpc.steps import Local, Multiply, RevealLabel, Wire
+from tightrope.runtimes.mpc.tournament import Difference, Winners
 
 
 def encode(x: NDArray[Any], scale: int) -> Tensor:
@@ -50,6 +51,13 @@ def decode(ring: Tensor, wire: Wire) -> NDArray[np.float64]:
     """The real value that both shares of a wire, added, stand for."""
     real: NDArray[np.float64] = ring.numpy().astype(np.float64) * (2.0**-wire.scale * wire.mu)
     return real
+
+
+def label(step: RevealLabel, low: Tensor) -> NDArray[np.float64]:
+    """(N, 1) ring values whose low bits count the classes after the label -> one-hot (N, classes)."""
+    after = low.reshape(-1).numpy() & ((1 << step.bits) - 1)
+    one_hot: NDArray[np.float64] = np.eye(step.classes)[step.classes - 1 - after]
+    return one_hot
 
 
 def words(x: Tensor) -> NDArray[np.uint64]:
@@ -121,8 +129,51 @@ def _window_sums(op: AvgPool2d, x: Tensor) -> Tensor:
     return total
 
 
+def _repeated(x: Tensor, dim: int, factor: int) -> Tensor:
+    return x.repeat_interleave(factor, dim)
+
+
+def _interpolated(x: Tensor, dim: int, factor: int) -> Tensor:
+    """Bilinear along one axis (torch's align_corners=False), times `_resolution(factor)`.
+
+    Output o lies at (o + 1/2) / factor - 1/2, but not before 0: between two neighbours, at a whole number of
+    steps of 1 / (2 * factor), or 1 / factor if that is odd.
+    """
+    length, parts = x.shape[dim], _resolution(factor)
+    place = (2 * torch.arange(length * factor) + 1 - factor).clamp(min=0) * parts // (2 * factor)
+    low, weight = place // parts, (place % parts).reshape(-1, *(1,) * (-1 - dim))
+    high = (low + 1).clamp(max=length - 1)
+    return x.index_select(dim, low) * (parts - weight) + x.index_select(dim, high) * weight
+
+
+def _resolution(factor: int) -> int:
+    return factor if factor % 2 else 2 * factor
+
+
+def bilinear_divisor(factor: tuple[int, int]) -> int:
+    """What a bilinear upsampling of integers is to be divided by."""
+    return _resolution(factor[0]) * _resolution(factor[1])
+
+
+ENLARGE: Mapping[str, Callable[[Tensor, int, int], Tensor]] = {
+    "nearest": _repeated,
+    "bilinear": _interpolated,
+}
+
+
 def _upsample(op: Upsample, x: Tensor) -> Tensor:
-    return x.repeat_interleave(op.factor[0], -2).repeat_interleave(op.factor[1], -1)
+    enlarge = ENLARGE[op.mode]
+    return enlarge(enlarge(x, -2, op.factor[0]), -1, op.factor[1])
+
+
+def _taken(x: Tensor, axis: int, places: tuple[int, ...]) -> Tensor:
+    return x.index_select(axis, torch.tensor(places))
+
+
+def _winners(op: Winners, x: Tensor, *lead: Tensor) -> Tensor:
+    return _taken(
+        torch.cat([x, *(_taken(x, op.axis, op.earlier) + v for v in lead)], op.axis), op.axis, op.take
+    )
 
 
 LOCAL: dict[type[Op], Callable[..., Tensor]] = {
@@ -133,12 +184,14 @@ LOCAL: dict[type[Op], Callable[..., Tensor]] = {
     Flatten: lambda op, x: x.flatten(1),
     Pad: lambda op, x: F.pad(x, op.padding),
     Upsample: _upsample,
+    Difference: lambda op, x: _taken(x, op.axis, op.later) - _taken(x, op.axis, op.earlier),
+    Winners: _winners,
     Relu: lambda op, x: x,  # of identity channels only
 }
 
 
 def local(step: Local, *inputs: Tensor) -> Tensor:
-    """A public linear map of shares, masks or ring values, (N, *shape) each."""
+    """The linear part of a step, on shares, masks or ring values, (N, *shape) each."""
     scaled = (x if k == 1 else x * k for x, k in zip(inputs, step.factors, strict=True))
     result: Tensor = LOCAL[type(step.kernel)](step.kernel, *scaled)
     return result

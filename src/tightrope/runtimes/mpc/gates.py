@@ -20,7 +20,7 @@ from tightrope.runtimes.mpc import fss
 from tightrope.runtimes.mpc._halftree import U8, U64
 from tightrope.runtimes.mpc._tiles import I64
 from tightrope.runtimes.mpc.prg import Stream
-from tightrope.runtimes.mpc.steps import Field, Gate, Truncate, Wire, truncation_fields
+from tightrope.runtimes.mpc.steps import Field, Gate, Piece, Truncate, Wire, truncation_fields
 
 Shares = dict[str, NDArray[Any]]
 CLIENT, SERVER = 0, 1
@@ -82,14 +82,16 @@ def _minus(secret: U64, share: NDArray[Any]) -> NDArray[Any]:
 def share_gate(step: Gate, r: U64, c: U8, client: Stream) -> Shares:
     """The server's shares of everything in `step.share_fields` but the comparison's bit.
 
-    r: uint64[N * opened_size] masks of the opening; c: uint8[thresholds * N * tiles] masks of the bits.
+    r: uint64[N * opened_size] masks of the opening; c: uint8[pieces * N * tiles] masks of the bits.
     The client's parts are drawn from `client`, in the order of the fields.
     """
     at = layout(step)
     _, H, W = step.map_shape
     N = r.size // step.opened_size
-    K = len(step.thresholds)
-    value = {"trunc": r >> np.uint64(step.shift) if step.shift else r, "wrap": r >> np.uint64(63)}
+    K = len(step.pieces)
+    value = {"trunc": r >> np.uint64(step.shift), "wrap": r >> np.uint64(63)}
+    if step.squares:
+        value |= {"square": value["trunc"] * value["trunc"], "cross": value["trunc"] * value["wrap"]}
     choices = c.reshape(K, N, step.tiles)
 
     def product(name: str) -> U64:
@@ -118,24 +120,24 @@ def tile_sums(step: Gate, x: U64) -> U64:
 
 
 def mask_points(step: Gate, r: U64) -> U64:
-    """The masks of the comparisons, r_P >> shift, per threshold and tile: uint64[thresholds * N * tiles]."""
-    sums = tile_sums(step, r) >> np.uint64(step.shift)
-    return np.tile(sums.reshape(-1), len(step.thresholds))
+    """The masks of the comparisons, r_P >> trim, per piece and tile: uint64[pieces * N * tiles]."""
+    sums = tile_sums(step, r) >> np.uint64(step.trim)
+    return np.tile(sums.reshape(-1), len(step.pieces))
 
 
 def compared_points(step: Gate, opened: U64) -> U64:
     """The public side of the comparisons [sum > threshold * elements], as `mask_points`.
 
-    One unit of the compared value (2^shift) is subtracted for the strict comparison: the subtraction of two
-    shifted values may carry, so a sum up to that far above the threshold may count as not above it; a sum at
-    or below it never counts as above.
+    One unit of the compared value (2^trim) is subtracted for the strict comparison: the subtraction of two
+    shifted values may carry, so a sum up to that far above the threshold may count as not above it; a sum
+    at or below it never counts as above.
     """
     sums = tile_sums(step, opened)
     elements = layout(step).elements
     parts = []
-    for threshold in step.thresholds:
-        limit = np.array([(threshold * int(k) + (1 << step.shift)) % 2**64 for k in elements], np.uint64)
-        parts.append(((sums - limit) >> np.uint64(step.shift)).reshape(-1))
+    for piece in step.pieces:
+        limit = np.array([(piece.threshold * int(k) + (1 << step.trim)) % 2**64 for k in elements], np.uint64)
+        parts.append(((sums - limit) >> np.uint64(step.trim)).reshape(-1))
     return np.concatenate(parts)
 
 
@@ -150,11 +152,11 @@ def select(party: int, step: Gate, opened: U64, z: U64, shares: Shares, bits: U8
     """A party's share of the gated maps, uint64[N, C, H, W].
 
     opened: z + r of the opened channels; z: the party's share of the whole input (N, C, H, W); bits: the
-    opened b xor c, uint8[thresholds * N * tiles].
+    opened b xor c, uint8[pieces * N * tiles].
     """
     at = layout(step)
     C, H, W = step.map_shape
-    N, K = len(z), len(step.thresholds)
+    N, K = len(z), len(step.pieces)
     maps = opened.reshape(N, len(step.opened), H, W)
     if step.shift:
         x = truncate(party, opened, shares, step.shift).reshape(maps.shape)
@@ -166,25 +168,39 @@ def select(party: int, step: Gate, opened: U64, z: U64, shares: Shares, bits: U8
     grid = (K, N, len(step.gated), H, W)
     choice = shares["choice"].reshape(K, N, step.tiles)
     product = shares["choice_trunc"].reshape(grid)
-    wrap = shares["choice_wrap"].reshape(grid) if step.shift else product
+    wrap = shares["choice_wrap"].reshape(grid) if step.shift else product  # not used
     opened_bits = bits.reshape(K, N, step.tiles)
-    for k in range(K):
+    for k, piece in enumerate(step.pieces):
         kernels.selected(
-            maps, x, opened_bits[k], choice[k], product[k], wrap[k], step.shift, k > 0,
+            maps, x, opened_bits[k], choice[k], product[k], wrap[k], step.shift, party,
+            np.uint64(piece.linear % 2**64), np.uint64(piece.constant % 2**64),
             at.place, at.patch, at.first, at.channel, out,
         )  # fmt: skip
-    if K > 1:
-        _add_clipped(step, party, choice[-1], opened_bits[-1], out)
+        if piece.square:
+            _add_squares(party, step, k, opened, x, shares, bits, out)
     return out
 
 
-def _add_clipped(step: Gate, party: int, choice: U64, bits: U8, out: U64) -> None:
-    """Add upper * b for the tiles above the clip, b = bit xor c: c where the bit is 0, else 1 - c."""
-    at = layout(step)
-    b = np.where(bits == 1, np.uint64(party) - choice, choice) * np.uint64(step.upper)
-    maps = np.empty((len(out), len(step.gated), *out.shape[2:]), np.uint64)
-    kernels.repeated(b, at.patch, at.first, maps)
-    out[:, at.channel] += maps
+def _add_squares(
+    party: int, step: Gate, k: int, opened: U64, x: U64, shares: Shares, bits: U8, out: U64
+) -> None:
+    """Add the square term of piece k. There all channels are gated and each element has its own bit."""
+
+    def piece(name: str) -> NDArray[Any]:
+        part: NDArray[Any] = shares[name].reshape(len(step.pieces), -1)[k]
+        return part
+
+    square = shares["square"]
+    wrap, cross = (shares["wrap"], shares["cross"]) if step.shift else (square, square)  # not used
+    choice_square = piece("choice_square")
+    choice_wrap, choice_cross = choice_square, choice_square
+    if step.shift:
+        choice_wrap, choice_cross = piece("choice_wrap"), piece("choice_cross")
+    kernels.selected_squares(
+        opened, x.reshape(-1), bits.reshape(len(step.pieces), -1)[k], piece("choice"), wrap, square, cross,
+        piece("choice_trunc"), choice_wrap, choice_square, choice_cross, step.shift, party,
+        np.uint64(step.pieces[k].square % 2**64), out.reshape(-1),
+    )  # fmt: skip
 
 
 def evaluate_bits(party: int, step: Gate, opened: U64, root: U64, shares: Shares, threads: int) -> U8:
@@ -197,9 +213,12 @@ def evaluate_bits(party: int, step: Gate, opened: U64, root: U64, shares: Shares
 
 def load_kernels() -> None:
     """Run every compiled loop once on a gate of one element, so that no batch waits for the compiler."""
-    relu = Relu(name="", inputs=("",), shape=(1, 1, 1), patches=((1, 1),), upper=1.0)
+    relu = Relu(name="", inputs=("",), shape=(1, 1, 1), patches=((1, 1),))
     wire = Wire("", relu.shape, 44, 1.0, 1.0, static=False)
-    step = Gate(index=0, op="", kernel=relu, input=wire, output=wire, shift=22, bits=20, thresholds=(0, 1))
+    step = Gate(
+        index=0, op="", kernel=relu, input=wire, output=wire, shift=22, trim=22, bits=20,
+        pieces=(Piece(), Piece(square=1)),
+    )  # fmt: skip
     stream = Stream(bytes(32))  # a fixed key: nothing secret is here
     r = stream.ring(1)
     bits = np.zeros(2, np.uint8)

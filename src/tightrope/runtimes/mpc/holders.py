@@ -12,13 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.program import Program
 from tightrope.runtimes.mpc import gates
 from tightrope.runtimes.mpc._halftree import U64
-from tightrope.runtimes.mpc.fixed import decode, encode, encode_weights, local, multiply, tensor, words
+from tightrope.runtimes.mpc.fixed import (
+    decode,
+    encode,
+    encode_weights,
+    label,
+    local,
+    multiply,
+    tensor,
+    words,
+)
 from tightrope.runtimes.mpc.gates import CLIENT, SERVER
 from tightrope.runtimes.mpc.keys import Role
 from tightrope.runtimes.mpc.party import Arrays, Batch, Party, PhaseReport
@@ -29,9 +39,12 @@ from tightrope.runtimes.mpc.steps import (
     Message,
     Multiply,
     Open,
+    Product,
     Reveal,
+    RevealLabel,
     Step,
     Truncate,
+    Wire,
     truncation_fields,
 )
 
@@ -71,8 +84,7 @@ def online(
     zero = tensor(np.zeros(shape, np.uint64), shape)
     batch.wires[Program.INPUT] = zero if x is None else encode(x, source.scale)
     report = party.play(ONLINE[party.role], batch, online=True)
-    result = None if batch.result is None else decode(batch.result, party.schedule.output)
-    return result, report
+    return batch.result, report
 
 
 def _message(party: Party, messages: tuple[Message, ...], sender: Role) -> Message | None:
@@ -123,6 +135,8 @@ def _client_local_online(party: Party, step: Local, batch: Batch) -> None:
 
 def _server_local(party: Party, step: Local, batch: Batch) -> None:
     _local(step, batch)
+    if step.constant:
+        (batch.masks if step.masks else batch.wires)[step.output.name] += torch.tensor(step.constant)
 
 
 def _local(step: Local, batch: Batch) -> None:
@@ -227,10 +241,79 @@ def _gate(party: Party, step: Gate, batch: Batch) -> None:
     batch.wires[step.output.name] = tensor(share, (batch.size, *step.output.shape))
 
 
+def _client_factors(party: Party, step: Product, batch: Batch) -> None:
+    stream = party.streams["dealer"].open("opening", step.index, batch.counter)
+    masks = {name: stream.ring(batch.size * wire.size) for name, wire in _factors(step).items()}
+    product = stream.ring(batch.size * step.output.size)
+    batch.material[step.index] = masks | {"product": product}
+    message = _message(party, step.offline, "client")
+    if message is not None:
+        party.send(step, message, batch.size, _masked_factors(step, batch, masks, message))
+
+
+def _server_factors(party: Party, step: Product, batch: Batch) -> None:
+    stream = party.streams["dealer"].open("opening", step.index, batch.counter)
+    masks = {name: stream.ring(batch.size * wire.size) for name, wire in _factors(step).items()}
+    message = _message(party, step.offline, "dealer")
+    assert message is not None  # a product always has material
+    material = masks | party.receive(step, message, batch.size)
+    message = _message(party, step.offline, "client")
+    if message is not None:
+        material |= {f"{k} ahead": v for k, v in party.receive(step, message, batch.size).items()}
+    batch.material[step.index] = material
+
+
+def _factors(step: Product) -> dict[str, Wire]:
+    return {"left": step.left, "right": step.right}
+
+
+def _masked_factors(step: Product, batch: Batch, masks: Arrays, message: Message) -> Arrays:
+    """The party's share of every factor in the message, plus its part of the mask."""
+    shares = {name: words(batch.wires[wire.name]).reshape(-1) for name, wire in _factors(step).items()}
+    return {f.name: shares[f.name] + masks[f.name] for f in message.fields}
+
+
+def _product(party: Party, step: Product, batch: Batch) -> None:
+    """x * y = E*F - E*b - F*a + a*b from the opened E = x + a and F = y + b."""
+    number, material = NUMBER[party.role], batch.material.pop(step.index)
+    to_peer = _message(party, step.online[0], party.role)
+    from_peer = _message(party, step.online[0], PEER[party.role])
+    own = {
+        name: words(batch.wires[wire.name]).reshape(-1) + material[name]
+        for name, wire in _factors(step).items()
+    }
+    if to_peer is not None:
+        party.send(step, to_peer, batch.size, own)
+    theirs = {name: material[f"{name} ahead"] for name in own if f"{name} ahead" in material}
+    if from_peer is not None:
+        theirs |= party.receive(step, from_peer, batch.size)
+
+    def shaped(name: str, value: U64) -> Tensor:
+        return tensor(value, (batch.size, *_factors(step)[name].shape))
+
+    E, F = (shaped(name, own[name] + theirs[name]) for name in own)
+    a, b = (shaped(name, material[name]) for name in own)
+    share = E * (number * F - b) - F * a
+    share += tensor(material["product"], tuple(share.shape))
+    batch.wires[step.output.name] = share
+
+
 def _client_reveal(party: Party, step: Reveal, batch: Batch) -> None:
     own = batch.wires[step.wire.name]
     share = party.receive(step, step.online[0][0], batch.size)["result"]
-    batch.result = own + tensor(share, tuple(own.shape))
+    batch.result = decode(own + tensor(share, tuple(own.shape)), step.wire)
+
+
+def _client_label(party: Party, step: RevealLabel, batch: Batch) -> None:
+    share = party.receive(step, step.online[0][0], batch.size)["label"]
+    low = words(batch.wires[step.wire.name]).reshape(-1) + share
+    batch.result = label(step, tensor(low, (batch.size, 1)))
+
+
+def _server_label(party: Party, step: RevealLabel, batch: Batch) -> None:
+    """No more than the low bits of the share may leave: the others would reveal the largest value."""
+    low = words(batch.wires[step.wire.name]).reshape(-1) % np.uint64(1 << step.bits)
+    party.send(step, step.online[0][0], batch.size, {"label": low.astype(np.uint32)})
 
 
 def _server_reveal(party: Party, step: Reveal, batch: Batch) -> None:
@@ -256,9 +339,14 @@ OFFLINE: dict[Role, Handlers] = {
         Open: _client_mask,
         Local: _client_local_offline,
         Multiply: _client_product,
+        Product: _client_factors,
         **dict.fromkeys((Truncate, Gate), _client_opening),
     },
-    "server": {Multiply: _server_product, **dict.fromkeys((Truncate, Gate), _server_opening)},
+    "server": {
+        Multiply: _server_product,
+        Product: _server_factors,
+        **dict.fromkeys((Truncate, Gate), _server_opening),
+    },
 }
 ONLINE: dict[Role, Handlers] = {
     "client": {
@@ -266,7 +354,9 @@ ONLINE: dict[Role, Handlers] = {
         Local: _client_local_online,
         Truncate: _truncate,
         Gate: _gate,
+        Product: _product,
         Reveal: _client_reveal,
+        RevealLabel: _client_label,
     },
     "server": {
         Open: _server_open,
@@ -274,6 +364,8 @@ ONLINE: dict[Role, Handlers] = {
         Multiply: _server_multiply,
         Truncate: _truncate,
         Gate: _gate,
+        Product: _product,
         Reveal: _server_reveal,
+        RevealLabel: _server_label,
     },
 }

@@ -41,7 +41,7 @@ class Batch:
     wires: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     material: dict[int, Any] = field(default_factory=dict)
-    result: Tensor | None = None  # the revealed ring values, at the client
+    result: NDArray[np.float64] | None = None  # what was revealed, at the client
 
 
 @dataclass(frozen=True)

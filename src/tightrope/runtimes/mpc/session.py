@@ -71,7 +71,8 @@ class MPCSession:
         Per op, online_ms is the client's time, waiting included, and offline_ms the dealer's.
 
         Raises InputError for an input of another shape, not finite, or beyond its calibrated range times the
-        margin; ProtocolError, naming the party and the phase, if one fails. After that the session is closed.
+        margin, and for a result beyond its own, where something must have been out of range; ProtocolError,
+        naming the party and the phase, if one fails. After that the session is closed.
         """
         x = np.ascontiguousarray(x, np.float64)
         self.program.check_input(x)
@@ -91,9 +92,21 @@ class MPCSession:
             y = online["client"][1]
             if y is None:
                 raise ProtocolError("the client has no result", where="client")
+            self._check_result(y)
             outputs.append(y)
             spent.append(self._spent(size, _reports(offline), _reports(online)))
         return np.concatenate(outputs), self._measurement(len(x), joined(spent))
+
+    def _check_result(self, y: NDArray[np.float64]) -> None:
+        noise = 2.0**-self.config.noise_bits if self.config.noise_bits else 0.0
+        limit = self._schedule.output.limit + noise
+        if self.config.reveal == "logits" and float(np.abs(y).max()) > limit:
+            raise InputError(
+                "the result is far larger than on the calibration data, so values overflowed or may have",
+                got=f"{float(np.abs(y).max()):.4g}",
+                allowed=f"{limit:.4g} (range times margin)",
+                fix="calibrate with such data, or a larger margin",
+            )
 
     def _spent(self, batch: int, offline: Reports, online: Reports) -> Costs:
         """What the parties counted, as `cost.costs` predicts it."""

@@ -115,13 +115,17 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Step):
-    """A public linear map of the inputs, each first multiplied by its integer factor; of masks if `masks`."""
+    """A public linear map of the inputs, each first multiplied by its integer factor; of masks if `masks`.
+
+    `constant`: what the result gets along its last axis; the server adds it to its share, or to X - A.
+    """
 
     kernel: Op
     inputs: tuple[Wire, ...]
     output: Wire
     factors: tuple[int, ...]
     masks: bool = False
+    constant: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +198,33 @@ class Truncate(Step):
         return (masked_opening(self.input.static, self.input.size)[1],)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Product(Step):
+    """left * right of two secret wires (Beaver); one may be (C, 1, 1), and is opened as small as it is."""
+
+    left: Wire
+    right: Wire
+    output: Wire
+
+    def _openings(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+        fields = {name: Field(name, "word", getattr(self, name).size) for name in ("left", "right")}
+        static = tuple(f for name, f in fields.items() if getattr(self, name).static)
+        fresh = tuple(f for name, f in fields.items() if not getattr(self, name).static)
+        ahead = (Message("offline", Tag.MASKED, "client", "server", static),) if static else ()
+        to_server = (Message("online", Tag.MASKED, "client", "server", fresh),) if fresh else ()
+        to_client = Message("online", Tag.MASKED, "server", "client", tuple(fields.values()))
+        return ahead, (*to_server, to_client)
+
+    @property
+    def offline(self) -> tuple[Message, ...]:
+        product = Field("product", "word", self.output.size)
+        return (Message("offline", Tag.MATERIAL, "dealer", "server", (product,)), *self._openings()[0])
+
+    @property
+    def online(self) -> tuple[tuple[Message, ...], ...]:
+        return (self._openings()[1],)
+
+
 def wrap_unit(shift: int) -> Unit:
     """The wrap bit counts in multiples of 2^(64 - shift), so its shares need `shift` bits only."""
     return "half" if shift <= HALF_BITS else "word"
@@ -204,22 +235,36 @@ def truncation_fields(size: int, shift: int) -> tuple[Field, ...]:
     return (Field("trunc", "word", size), Field("wrap", wrap_unit(shift), size)) if shift else ()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tiles whose sum is above `threshold` (units of the input's ring) times their elements get
+    square * x^2 + linear * x + constant: integers, in units of the output, of the truncated input x."""
+
+    threshold: int = 0
+    square: int = 0
+    linear: int = 1
+    constant: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gate(Step):
-    """Truncation and ReLU with patches from one opening, then one opened bit per comparison.
+    """Truncation by `shift` and a sum of pieces from one opening, then one opened bit per comparison.
 
-    The sum of a tile is compared with each of `thresholds` (units of the input's ring) times its elements:
-    (0,) for ReLU, (0, upper) for ReLU6; it loses `shift` low bits first, and `bits` are compared. `upper` is
-    the clip in units of the output.
+    One piece (x above 0) is ReLU with the patches of `kernel`, which gives the geometry. A tile's sum loses
+    `trim` low bits before it is compared, and `bits` more are compared. Identity channels are truncated only.
     """
 
     kernel: Relu
     input: Wire
     output: Wire
     shift: int
+    trim: int
     bits: int
-    thresholds: tuple[int, ...]
-    upper: int = 0
+    pieces: tuple[Piece, ...] = (Piece(),)
+
+    @property
+    def squares(self) -> bool:
+        return any(piece.square for piece in self.pieces)
 
     @property
     def map_shape(self) -> tuple[int, int, int]:
@@ -250,7 +295,7 @@ class Gate(Step):
 
     @property
     def drelus(self) -> int:
-        return self.tiles * len(self.thresholds)
+        return self.tiles * len(self.pieces)
 
     @property
     def key_fields(self) -> tuple[Field, ...]:
@@ -262,20 +307,20 @@ class Gate(Step):
     def share_fields(self) -> tuple[Field, ...]:
         """What the dealer shares: the client draws its part from its stream, the server is sent the rest.
 
-        Truncation of every opened element; with c the output mask of a comparison: c, c * (r >> shift) and
-        c * MSB(r) (c * r where nothing is truncated); the constant bit of the comparison key.
+        With t = r >> shift, w = MSB(r) and c the output mask of a comparison: t and w of every opened
+        element, c, c * t and c * w; for squares t^2, t * w and the same times c. Where nothing is truncated
+        t = r, of which both have a share, and no w is needed. Last, the constant bit of the comparison key.
         """
-        products = self.gated_size * len(self.thresholds)
-        plain = truncation_fields(self.opened_size, self.shift)
-        fields = (
-            *plain[:1],
-            Field("choice_trunc", "word", products),
-            Field("choice", "word", self.drelus),
-            *plain[1:],
-            *((Field("choice_wrap", wrap_unit(self.shift), products),) if self.shift else ()),
-            Field("bit", "bit", self.drelus),
-        )
-        return fields
+        products = self.gated_size * len(self.pieces)
+        half = wrap_unit(self.shift)
+        fields = [Field("choice_trunc", "word", products), Field("choice", "word", self.drelus)]
+        if self.shift:
+            fields += [*truncation_fields(self.opened_size, self.shift), Field("choice_wrap", half, products)]
+        if self.squares:
+            fields += [Field("square", "word", self.gated_size), Field("choice_square", "word", products)]
+            if self.shift:
+                fields += [Field("cross", half, self.gated_size), Field("choice_cross", half, products)]
+        return (*fields, Field("bit", "bit", self.drelus))
 
     @property
     def offline(self) -> tuple[Message, ...]:
@@ -302,3 +347,20 @@ class Reveal(Step):
     def online(self) -> tuple[tuple[Message, ...], ...]:
         result = Field("result", "word", self.wire.size)
         return ((Message("online", Tag.RESULT, "server", "client", (result,)),),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevealLabel(Step):
+    """The server sends the low bits of its share, which say where the largest of `classes` values was."""
+
+    wire: Wire
+    classes: int
+
+    @property
+    def bits(self) -> int:
+        return (self.classes - 1).bit_length()
+
+    @property
+    def online(self) -> tuple[tuple[Message, ...], ...]:
+        label = Field("label", "half", 1)
+        return ((Message("online", Tag.RESULT, "server", "client", (label,)),),)
