@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from tightrope.errors import BundleError, InputError
 from tightrope.types import Cost, atomic_write, check_schema
@@ -247,34 +247,49 @@ class Program:
         """Of the public structure: what two parties compare."""
         return hashlib.sha256(self.structure().encode()).hexdigest()
 
+    def weights(self) -> bytes:
+        """The tensors as safetensors; empty when there are none."""
+        return save({k: np.ascontiguousarray(v) for k, v in self.tensors.items()}) if self.tensors else b""
+
     def save(self, directory: Path) -> None:
         """Write `program.json` (public) and, when there are any, `program.safetensors` (weights)."""
         directory.mkdir(parents=True, exist_ok=True)
         atomic_write(directory / "program.json", lambda f: f.write(self.structure().encode()))
         if self.tensors:
-            data = save({k: np.ascontiguousarray(v) for k, v in self.tensors.items()})
-            atomic_write(directory / "program.safetensors", lambda f: f.write(data))
+            atomic_write(directory / "program.safetensors", lambda f: f.write(self.weights()))
 
     @classmethod
     def load(cls, directory: Path, *, weights: bool = True) -> Program:
         """Read what `save` wrote. Raises BundleError when anything is missing, unknown or inconsistent."""
-        path = directory / "program.json"
         try:
-            body = json.loads(path.read_text())
-            check_schema(body, path)
-            ops = tuple(_op(entry) for entry in body["ops"])
-            tensors = load_file(directory / "program.safetensors") if weights else {}
-            program = cls(ops, tuple(body["input_shape"]), body["output"], tensors, body["ranges"])
+            structure = (directory / "program.json").read_text()
+            tensors = (directory / "program.safetensors").read_bytes() if weights else None
         except FileNotFoundError as error:
             raise BundleError(
                 "no program", where=str(error.filename or directory), fix="tightrope finetune"
             ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError("the program is damaged", where=str(directory), got=str(error)) from error
+        return cls.decode(structure, tensors, directory)
+
+    @classmethod
+    def decode(cls, structure: str, weights: bytes | None, where: Path) -> Program:
+        """The program from what `structure` and `weights` gave; None leaves the weights out.
+
+        Raises BundleError, naming `where`, when anything is missing, unknown or inconsistent.
+        """
+        try:
+            body = json.loads(structure)
+            check_schema(body, where / "program.json")
+            ops = tuple(_op(entry) for entry in body["ops"])
+            tensors = {} if weights is None else load(weights)
+            program = cls(ops, tuple(body["input_shape"]), body["output"], tensors, body["ranges"])
         except BundleError:
             raise
         except Exception as error:  # any shape of wrong JSON or safetensors
-            raise BundleError("the program is damaged", where=str(directory), got=str(error)) from error
-        if weights:
-            program._check_tensors(directory)
+            raise BundleError("the program is damaged", where=str(where), got=str(error)) from error
+        if weights is not None:
+            program._check_tensors(where)
         return program
 
     def _check_tensors(self, where: Path) -> None:

@@ -71,6 +71,7 @@ class _Compiler:
         name = Program.INPUT
         limit = self.limit(name, name)
         source = Wire(name, self.program.input_shape, self.config.fraction_bits, 1.0, limit, static=False)
+        self.check(source, name)
         self.wires[name] = source
         for op in self.program.ops:
             self.wires[op.name] = COMPILE[type(op)](self, op, [self.wires[i] for i in op.inputs])
