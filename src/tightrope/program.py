@@ -284,12 +284,12 @@ class Program:
             ops = tuple(_op(entry) for entry in body["ops"])
             tensors = {} if weights is None else load(weights)
             program = cls(ops, tuple(body["input_shape"]), body["output"], tensors, body["ranges"])
+            if weights is not None:
+                program._check_tensors(where)
         except BundleError:
             raise
         except Exception as error:  # any shape of wrong JSON or safetensors
             raise BundleError("the program is damaged", where=str(where), got=str(error)) from error
-        if weights is not None:
-            program._check_tensors(where)
         return program
 
     def _check_tensors(self, where: Path) -> None:
