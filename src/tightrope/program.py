@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from tightrope.errors import BundleError, InputError
 from tightrope.forms import Amount, mismatch, parse
@@ -118,51 +117,62 @@ class Program:
         """Of the public structure: what two parties compare."""
         return hashlib.sha256(self.structure().encode()).hexdigest()
 
+    def weights(self) -> bytes:
+        """The tensors and their seal as safetensors; empty when there are none."""
+        if not self.tensors:
+            return b""
+        arrays = {k: np.ascontiguousarray(v) for k, v in self.tensors.items()}
+        data: bytes = save(arrays, metadata={"sha256": self._seal()})
+        return data
+
     def save(self, directory: Path) -> None:
         """Write `program.json` (public) and, when there are any, `program.safetensors` (weights)."""
         directory.mkdir(parents=True, exist_ok=True)
         atomic_write(directory / "program.json", lambda f: f.write(self.structure().encode()))
         if self.tensors:
-            arrays = {k: np.ascontiguousarray(v) for k, v in self.tensors.items()}
-            data = save(arrays, metadata={"sha256": self._seal()})
-            atomic_write(directory / "program.safetensors", lambda f: f.write(data))
+            atomic_write(directory / "program.safetensors", lambda f: f.write(self.weights()))
 
     @classmethod
     def load(cls, directory: Path, *, weights: bool = True) -> Program:
-        """Read what `save` wrote.
-
-        Raises BundleError when anything is missing, unknown or inconsistent: ops that do not fit their
-        inputs, and weights, or with weights any part at all, that are not those saved.
-        """
-        path = directory / "program.json"
-        seal = None
+        """Read what `save` wrote; see `decode`."""
         try:
-            body = parse(path.read_bytes())
-            check_schema(body, path)
-            if wrong := mismatch(body, FORM):
-                raise ValueError(wrong)
-            ops = tuple(_op(entry) for entry in body["ops"])
-            tensors: dict[str, Array] = {}
-            if weights:
-                with safe_open(directory / "program.safetensors", framework="numpy") as file:
-                    seal = (file.metadata() or {}).get("sha256")
-                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            program = cls(ops, tuple(body["input_shape"]), body["output"], tensors, body["ranges"])
-            program._check_shapes(path)
+            structure = (directory / "program.json").read_bytes()
+            tensors = (directory / "program.safetensors").read_bytes() if weights else None
         except FileNotFoundError as error:
             raise BundleError(
                 "no program", where=str(error.filename or directory), fix="tightrope finetune"
             ) from None
+        except OSError as error:
+            raise BundleError("the program is damaged", where=str(directory), got=str(error)) from error
+        return cls.decode(structure, tensors, directory)
+
+    @classmethod
+    def decode(cls, structure: str | bytes, weights: bytes | None, where: Path) -> Program:
+        """The program from what `structure` and `weights` gave; None leaves the weights out.
+
+        Raises BundleError, naming `where`, when anything is missing, unknown or inconsistent: ops that do not
+        fit their inputs, and weights, or with weights any part at all, that are not those saved.
+        """
+        try:
+            body = parse(structure)
+            check_schema(body, where / "program.json")
+            if wrong := mismatch(body, FORM):
+                raise ValueError(wrong)
+            ops = tuple(_op(entry) for entry in body["ops"])
+            tensors = {} if weights is None else load(weights)
+            seal = None if weights is None else _metadata(weights).get("sha256")
+            program = cls(ops, tuple(body["input_shape"]), body["output"], tensors, body["ranges"])
+            program._check_shapes(where / "program.json")
         except BundleError:
             raise
         except Exception as error:  # any shape of wrong JSON or safetensors
-            raise BundleError("the program is damaged", where=str(directory), got=str(error)) from error
-        if weights:
-            program._check_tensors(directory)
+            raise BundleError("the program is damaged", where=str(where), got=str(error)) from error
+        if weights is not None:
+            program._check_tensors(where)
             if seal != program._seal():
                 raise BundleError(
                     "the program is damaged: not the structure and weights that were saved",
-                    where=str(directory),
+                    where=str(where),
                     got="no hash" if seal is None else f"contents unlike the hash {seal[:12]}…",
                     fix="make it again: tightrope apply or finetune",
                 )
@@ -205,6 +215,12 @@ class Program:
                             got=None if tensor is None else tensor.shape,
                             allowed=shape,
                         )
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The strings in the header of safetensors, whose length its first 8 bytes give."""
+    found: dict[str, str] = parse(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    return found
 
 
 def _op(entry: dict[str, Any]) -> Op:

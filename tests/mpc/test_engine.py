@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +23,7 @@ from tightrope.runtimes.mpc.channel import Clock
 from tightrope.runtimes.mpc.keys import ROLES
 from tightrope.runtimes.mpc.local import local_channels
 from tightrope.runtimes.mpc.party import Party, introduce
-from tightrope.runtimes.mpc.steps import Gate, Local, Step, Truncate
+from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Step, Truncate
 from tightrope.runtimes.mpc.team import LocalTeam
 
 
@@ -195,9 +197,13 @@ def test_a_batch_of_another_size_than_prepared_is_refused() -> None:
 
 
 def test_an_input_beyond_calibration_is_refused() -> None:
-    with MPC(noise_bits=0).open(network("patches"), "simulate") as session:
-        with pytest.raises(InputError, match="calibration"):
-            session.run(np.full((1, *INPUT), 1e3))
+    """By its own margin, not the larger one of the values inside."""
+    program = network("patches")
+    seen = program.ranges[Program.INPUT]
+    with MPC(noise_bits=0).open(program, "simulate") as session:
+        with pytest.raises(InputError, match=r"calibration[\s\S]*input_margin 1.25"):
+            session.run(np.full((1, *INPUT), 1.3 * seen))
+        session.run(np.full((1, *INPUT), 1.2 * seen))
         with pytest.raises(InputError, match="shape"):
             session.run(np.zeros((1, 3, 3)))
         session.run(images(1).numpy())
@@ -248,11 +254,91 @@ def test_parties_that_disagree_refuse_each_other_with_both_values(what: str) -> 
         assert shown[what] in error and theirs[what] in error
 
 
-def test_a_damaged_hello_is_refused() -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[1, 2]",
+        b"[" * 4096,
+        b'{"agreed":' * 400,
+        b"\xff",
+        b"",
+        b'{"agreed": {}}',
+        b'{"agreed": [[[], 1]], "key": ""}',
+        b'{"agreed": {}, "key": "xyz"}',
+        b'{"agreed": {}, "key": 3}',
+        b'{"agreed": {"protocol version": %s}, "key": ""}' % (b"9" * 4040),
+        b" " * 4097,
+    ],
+)
+def test_a_damaged_hello_is_refused(data: bytes) -> None:
     one, other = local_channels(("client", Clock()), ("server", Clock()), timeout_s=2)
-    other.send(0, 1, b"[1, 2]")
-    with pytest.raises(ProtocolError, match="hello"):
+    other.send(0, 1, data)
+    with pytest.raises(ProtocolError) as error:
         introduce("client", {"server": one}, bytes(16), network("patches"), MPC(noise_bits=0))
+    assert len(str(error.value)) < 1000
+
+
+def test_a_hostile_hello_cannot_reach_the_terminal() -> None:
+    one, other = local_channels(("client", Clock()), ("server", Clock()), timeout_s=2)
+    evil = "\x1b[2J\nerror: all is well"
+    hello = {"agreed": {"protocol version": evil, evil: 1}, "key": "00"}
+    other.send(0, 1, json.dumps(hello).encode())
+    with pytest.raises(ProtocolError, match="protocol version") as error:
+        introduce("client", {"server": one}, bytes(16), network("patches"), MPC(noise_bits=0))
+    assert "\x1b" not in str(error.value) and "\nerror" not in str(error.value)
+
+
+def test_a_certificate_that_only_one_of_them_saw_is_refused() -> None:
+    """The server's client must be the dealer's client too."""
+    one, other = local_channels(("dealer", Clock()), ("server", Clock()), timeout_s=2)
+    third, _ = local_channels(("dealer", Clock()), ("client", Clock()), timeout_s=2)
+    fourth, _ = local_channels(("server", Clock()), ("client", Clock()), timeout_s=2)
+    third.certificate, fourth.certificate = "one client", "another client"
+    program = network("patches")
+    with ThreadPoolExecutor(2) as pool:
+        meetings = [
+            pool.submit(introduce, own, {peer: channel, "client": client}, bytes(16), program, MPC())  # type: ignore[arg-type]
+            for own, peer, channel, client in (
+                ("dealer", "server", one, third),
+                ("server", "dealer", other, fourth),
+            )
+        ]
+    for meeting in meetings:
+        assert "certificate of client" in str(meeting.exception())
+
+
+def test_a_step_may_take_longer_than_the_peers_wait_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = holders.OFFLINE["client"][Multiply]
+
+    def slow(party: Party, step: Step, batch: Any) -> None:
+        time.sleep(1.0 if step.index < 3 else 0)
+        usual(party, step, batch)
+
+    monkeypatch.setitem(holders.OFFLINE["client"], Multiply, slow)
+    with MPC(timeout_s=0.4).open(network("residual"), "simulate") as session:
+        session.run(images(1).numpy())
+
+
+@pytest.mark.parametrize("command", ["setup", "offline", "online"])
+def test_links_on_which_the_two_ends_counted_differently_end_the_session(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = LocalTeam.call
+
+    def call(team: LocalTeam, now: Any, size: int, x: Any = None) -> Any:
+        replies = usual(team, now, size, x)
+        if now == command:
+            report, result = replies["client"]
+            key = next(iter(report.received))
+            received = {**report.received, key: report.received[key] + 1}
+            replies["client"] = replace(report, received=received), result
+        return replies
+
+    monkeypatch.setattr(LocalTeam, "call", call)
+    said = rf"counted different bytes[\s\S]*->client, {command} phase"
+    config, program = MPC(noise_bits=0), network("patches")
+    with pytest.raises(ProtocolError, match=said), config.open(program, "simulate") as session:
+        session.run(images(2).numpy())
 
 
 def test_what_the_server_reveals_carries_fresh_noise_below_its_bound() -> None:

@@ -142,3 +142,26 @@ def test_no_party_outlives_the_session_that_started_it() -> None:
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in workers)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def test_a_launcher_killed_while_it_starts_leaves_no_file_and_no_party(tmp_path: Path) -> None:
+    """At that moment keys and weights are on their way to the parties."""
+    tests, env = str(Path(__file__).parents[1]), os.environ | {"TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, tests], env=env, stdout=subprocess.PIPE)
+    while len(workers := children(parent.pid)) < 3 and parent.poll() is None:
+        time.sleep(0.01)
+    parent.kill()
+    said, _ = parent.communicate()
+    assert len(workers) == 3 and not said
+    deadline = time.monotonic() + 4 * SOON_S  # they have to load before they see the end of their input
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in workers)
+    assert not list(tmp_path.iterdir())

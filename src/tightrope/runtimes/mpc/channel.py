@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,9 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.errors import ProtocolError
-from tightrope.runtimes.mpc.frame import HEADER_BYTES, Header, parse
+from tightrope.runtimes.mpc.frame import BEAT, ENDED, HEADER_BYTES, Header, parse
 from tightrope.runtimes.mpc.keys import Role
 
+BEAT_S = 1.0
+STEP_S = 3600.0  # the longest wait for one frame, whatever signs of life the peer gives
+FAREWELL_BYTES = 500
 U8 = NDArray[np.uint8]
 Part = NDArray[np.generic] | bytes
 
@@ -27,10 +32,11 @@ class Link(Protocol):
     def send(self, parts: list[memoryview]) -> None:
         """Queue parts for sending and return; raises LinkError if an earlier send failed."""
 
-    def recv_into(self, target: memoryview) -> None:
-        """Fill `target`; raises LinkError if the peer closed, or nothing came before the timeout."""
+    def recv_into(self, target: memoryview, silence_s: float | None = None) -> None:
+        """Fill `target`; raises LinkError if the peer closed, or nothing came for silence_s seconds (None:
+        as long as the link was made for)."""
 
-    def flush(self, timeout_s: float) -> None:
+    def flush(self) -> None:
         """Return when everything queued has been handed over; raises LinkError if it could not be."""
 
     def close(self) -> None:
@@ -94,17 +100,19 @@ class Channel:
     """Frames to and from one peer. Sends return at once; receives block until the frame is complete.
 
     After any failure the channel stays unusable: the stream's position is no longer known. One thread may
-    send while another receives.
+    send while another receives, and a third may beat. `certificate`: the peer's, by its fingerprint.
     """
 
-    def __init__(self, own: Role, peer: Role, link: Link, clock: Clock) -> None:
+    def __init__(self, own: Role, peer: Role, link: Link, clock: Clock, certificate: str = "") -> None:
         self.own = own
         self.peer = peer
         self.clock = clock
+        self.certificate = certificate
         self.traffic = Traffic()
         self._link = link
         self._sent = 0
         self._received = 0
+        self._last_sent = time.monotonic()
         self._failure: ProtocolError | None = None
 
     def send(self, step: int, tag: int, *parts: Part) -> None:
@@ -123,7 +131,23 @@ class Channel:
         except LinkError as error:
             raise self._fail(f"cannot send to {self.peer}", step, str(error)) from error
         self._sent += 1
+        self._last_sent = time.monotonic()
         self.traffic.sent.setdefault((step, tag), Count()).add(HEADER_BYTES + payload_bytes, round_)
+
+    def beat(self, every_s: float) -> None:
+        """Unless something was sent within every_s, a sign of life: a header that the peer skips and nobody
+        counts. A party beats while it works, so that a step may take longer than its peers wait in silence.
+        """
+        if self._failure is None and time.monotonic() - self._last_sent >= every_s:
+            self._last_sent = time.monotonic()
+            with suppress(LinkError):  # whoever sends or receives next will say so
+                self._link.send([memoryview(Header(BEAT, 0, 1, 0, 0).pack())])
+
+    def farewell(self, text: str) -> None:
+        """Tell the peer why no more will come, as far as the link still carries it. Nothing secret in it!"""
+        data = text.encode()[:FAREWELL_BYTES]
+        with suppress(LinkError):
+            self._link.send([memoryview(Header(ENDED, 0, 1, 0, len(data)).pack()), memoryview(data)])
 
     def recv(self, step: int, tag: int, payload_bytes: int) -> U8:
         """The payload of the next frame, uint8[payload_bytes], in fresh memory aligned for any dtype.
@@ -141,18 +165,21 @@ class Channel:
         header = self._next(step, tag, size_bytes, size_bytes)
         self._finish(header, views)
 
-    def recv_bounded(self, step: int, tag: int, max_bytes: int) -> bytes:
-        """The payload of the next frame when only its largest size is known, as in a handshake."""
-        header = self._next(step, tag, 0, max_bytes)
+    def recv_bounded(self, step: int, tag: int, max_bytes: int, *, within_s: float | None = None) -> bytes:
+        """The payload of the next frame when only its largest size is known, as in a handshake.
+
+        within_s: the longest wait for its header; None: as long as the peer gives signs of life.
+        """
+        header = self._next(step, tag, 0, max_bytes, within_s)
         out = np.empty(header.payload_bytes, np.uint8)
         self._finish(header, [out.data])
         return out.tobytes()
 
-    def flush(self, timeout_s: float) -> None:
+    def flush(self) -> None:
         """Wait until all queued frames have left. Raises ProtocolError if they could not."""
         self._check_usable()
         try:
-            self._link.flush(timeout_s)
+            self._link.flush()
         except LinkError as error:
             raise self._fail(f"cannot send to {self.peer}", None, str(error)) from error
 
@@ -160,12 +187,14 @@ class Channel:
         """Send what is queued, as far as the peer takes it, and release the link. Can be called again."""
         self._link.close()
 
-    def _next(self, step: int, tag: int, min_bytes: int, max_bytes: int) -> Header:
+    def _next(
+        self, step: int, tag: int, min_bytes: int, max_bytes: int, within_s: float | None = None
+    ) -> Header:
         self._check_usable()
-        data = bytearray(HEADER_BYTES)
         try:
-            self._link.recv_into(memoryview(data))
-            header = parse(data, self.peer)
+            header = self._header(within_s)
+            if header.tag == ENDED:
+                raise self._ended(header, step)
         except LinkError as error:
             raise self._fail(f"lost {self.peer}", step, str(error)) from error
         except ProtocolError as error:
@@ -182,6 +211,26 @@ class Channel:
                 f"step {step}, tag {tag}, frame {self._received}, {size} bytes",
             )
         return header
+
+    def _header(self, within_s: float | None) -> Header:
+        """The next header that is not a beat."""
+        deadline = time.monotonic() + (STEP_S if within_s is None else within_s)
+        data = bytearray(HEADER_BYTES)
+        while True:
+            left_s = None if within_s is None else max(0.001, deadline - time.monotonic())
+            self._link.recv_into(memoryview(data), left_s)
+            header = parse(data, self.peer)
+            if header.tag != BEAT or header.payload_bytes:
+                return header
+            if time.monotonic() > deadline:
+                raise LinkError("signs of life, but no frame in time")
+
+    def _ended(self, header: Header, step: int) -> ProtocolError:
+        """What the peer's farewell says, made safe to print."""
+        data = bytearray(min(header.payload_bytes, FAREWELL_BYTES))
+        self._link.recv_into(memoryview(data))
+        text = "".join(c if c.isprintable() else "?" for c in data.decode(errors="replace"))
+        return ProtocolError(f"{self.peer} ended the session", where=f"{self.own}, step {step}", got=text)
 
     def _finish(self, header: Header, views: list[memoryview]) -> None:
         try:

@@ -31,6 +31,7 @@ class Compiler:
         self.input = Wire(
             name, program.input_shape, config.fraction_bits, 1.0, self.limit(name, name), static=False
         )
+        self.check(self.input, name, "fraction_bits")
         self.wires: dict[str, Wire] = {name: self.input}
         self._made_by: dict[str, Local] = {}
         self._narrowed: dict[str, Wire] = {}

@@ -40,14 +40,15 @@ class MPC:
 
     fraction_bits: of activations; weight_bits: fractional bits of weights; a layer's result has both until
     it is truncated. margin: how far beyond its calibrated range a value may go before the ring or the
-    comparison could overflow. noise_bits: the server adds fresh uniform noise below 2^-noise_bits to what it
-    reveals, which hides the truncation carries from the client; 0 for none. trim_bits: how many of the
-    fraction_bits the comparisons ignore: smaller keys, but a gate may stay shut up to 2^(trim_bits -
-    fraction_bits) above its threshold (`sign_flips` measures how often). reveal: `logits`, or
-    `label`: the client learns which output is the largest (the first of equal ones) and nothing else, as a
-    one-hot vector. material_bytes: larger batches run in pieces, so that the dealer's material stays below
-    this. port: first of two consecutive loopback ports, 0 for free ones; timeout_s: how long a party waits
-    for another; threads: per party, 0 for half of the cores.
+    comparison could overflow; input_margin: how far beyond its own an input may be, at most `margin`, else it
+    is refused, because it uses up the margin of all that follows. noise_bits: the server adds fresh uniform
+    noise below 2^-noise_bits to what it reveals, which hides the truncation carries from the client; 0 for
+    none. trim_bits: how many of the fraction_bits the comparisons ignore: smaller keys, but a gate may stay
+    shut up to 2^(trim_bits - fraction_bits) above its threshold (`sign_flips` measures how often). reveal:
+    `logits`, or `label`: the client learns which output is the largest (the first of equal ones) and nothing
+    else, as a one-hot vector. material_bytes: larger batches run in pieces, so that the dealer's material
+    stays below this. port: first of two consecutive loopback ports, 0 for free ones; timeout_s: how long a
+    party waits for another that gives no sign of life; threads: per party, 0 for half of the cores.
 
     Raises InputError for a value out of range.
     """
@@ -56,6 +57,7 @@ class MPC:
     fraction_bits: int = 22
     weight_bits: int = 22
     margin: float = 4.0
+    input_margin: float = 1.25
     noise_bits: int = 8
     trim_bits: int = 0
     reveal: Literal["logits", "label"] = "logits"
@@ -79,6 +81,7 @@ class MPC:
             "fraction_bits": (4, 28),
             "weight_bits": (4, 28),
             "margin": (1.0, 2.0**20),
+            "input_margin": (1.0, 2.0**20),
             "noise_bits": (0, 28),
             "trim_bits": (0, 28),
             "material_bytes": (1, 2**50),
@@ -95,7 +98,7 @@ class MPC:
 
     def agreed(self) -> dict[str, Json]:
         """What the three parties must have in common; compared in the handshake."""
-        own = ("material_bytes", "port", "timeout_s", "threads")
+        own = ("input_margin", "material_bytes", "port", "timeout_s", "threads")
         return {k: v for k, v in asdict(self).items() if k not in own}
 
     def check(self, op: Op) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import IO
 
-from tightrope.runtimes.mpc.keys import Role
 from tightrope.runtimes.mpc.party import PhaseReport
 from tightrope.types import Json
 
+TRAFFIC = ("sent", "received")
 SIZES = struct.Struct("<QQ")
 
 
@@ -38,10 +38,14 @@ def read(stream: IO[bytes]) -> tuple[dict[str, Json], bytes] | None:
 
 
 def report_to_json(report: PhaseReport) -> dict[str, Json]:
-    return asdict(report) | {"sent": [[peer, step, size] for (peer, step), size in report.sent.items()]}
+    traffic = {name: getattr(report, name) for name in TRAFFIC}
+    return asdict(report) | {k: [[*key, size] for key, size in v.items()] for k, v in traffic.items()}
 
 
 def report_from_json(body: Mapping[str, Json]) -> PhaseReport:
-    sent: dict[tuple[Role, int], int] = {(peer, step): size for peer, step, size in body["sent"]}
-    fields = {**body, "sent": sent, "rounds": tuple(body["rounds"])}
-    return PhaseReport(**fields)
+    """Raises TypeError, ValueError or KeyError for anything but what `report_to_json` gives."""
+    sent, received = ({(peer, int(step)): int(size) for peer, step, size in body[k]} for k in TRAFFIC)
+    milliseconds = {str(op): float(spent) for op, spent in body["milliseconds"].items()}
+    drelus = {str(op): int(count) for op, count in body["drelus"].items()}
+    rounds = tuple(int(r) for r in body["rounds"])
+    return PhaseReport(sent, received, rounds, milliseconds, drelus, float(body["elapsed_ms"]))

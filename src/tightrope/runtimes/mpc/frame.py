@@ -26,6 +26,9 @@ LAYOUT = struct.Struct("<4sHHIIQQ")
 HEADER_BYTES = LAYOUT.size
 MAX_PAYLOAD_BYTES = 1 << 36
 MAX_ROUND = 1 << 30
+# Tags from here on belong to no step of a schedule: they are not counted, and a beat has no number either.
+CONTROL = 0xFF00
+ASK, ANSWER, STOCK, ENDED, BEAT = range(CONTROL, CONTROL + 5)
 
 
 @dataclass(frozen=True)

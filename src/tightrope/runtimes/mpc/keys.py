@@ -8,18 +8,22 @@ bound to the session, the roles and both public keys.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tightrope.errors import InputError, ProtocolError
@@ -29,16 +33,31 @@ Role = Literal["client", "server", "dealer"]
 ROLES: tuple[Role, ...] = ("client", "server", "dealer")
 ROLE_URI = "tightrope://mpc/"
 AUTHORITY_FILE = "authority.pem"
-PUBLIC_KEY_BYTES = 32
+PIPE_BYTES = 1 << 14  # less than any pipe holds, so that writing into one never blocks
 
 
-def make_certificates(directory: Path, *, days: float = 30, start: datetime | None = None) -> None:
-    """Write a throw-away authority and one certificate and key per role into `directory`.
+@dataclass(frozen=True)
+class Credentials:
+    """What a party proves its role with, all PEM: the authority's certificate, its own, and its own key."""
 
-    Files: authority.pem, ROLE.pem, ROLE.key (P-256), all of mode 0600 in a directory of mode 0700. The key of
-    the authority is never written, so nobody can sign another certificate later. In a deployment each machine
-    gets authority.pem and its own two files only. Raises InputError if the directory cannot be written or is
-    not empty.
+    authority: bytes
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the own certificate, in hex: what peers know this party by."""
+        return fingerprint(x509.load_pem_x509_certificate(self.certificate).public_bytes(Encoding.DER))
+
+
+def fingerprint(der: bytes) -> str:
+    return hashlib.sha256(der).hexdigest()
+
+
+def make_credentials(*, days: float = 30, start: datetime | None = None) -> dict[Role, Credentials]:
+    """A throw-away authority and the credentials (P-256) of every role that it signed, valid for `days`.
+
+    The key of the authority is forgotten, so nobody can sign another certificate later.
     """
     begin = start or datetime.now(UTC) - timedelta(minutes=5)
     valid = (begin, begin + timedelta(days=days))
@@ -49,9 +68,9 @@ def make_certificates(directory: Path, *, days: float = 30, start: datetime | No
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .sign(authority_key, SHA256())
-    )
-    files = {AUTHORITY_FILE: authority.public_bytes(serialization.Encoding.PEM)}
+    ).public_bytes(Encoding.PEM)
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
+    made: dict[Role, Credentials] = {}
     for role in ROLES:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
@@ -68,28 +87,86 @@ def make_certificates(directory: Path, *, days: float = 30, start: datetime | No
             .add_extension(issuer, critical=False)
             .sign(authority_key, SHA256())
         )
-        files[f"{role}.pem"] = certificate.public_bytes(serialization.Encoding.PEM)
-        files[f"{role}.key"] = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        made[role] = Credentials(authority, certificate.public_bytes(Encoding.PEM), private)
+    return made
+
+
+def write_credentials(directory: Path, credentials: Mapping[Role, Credentials]) -> None:
+    """One directory per role below `directory`, so that each machine is given only its own.
+
+    Files: authority.pem, ROLE.pem, ROLE.key, of mode 0600 in directories of mode 0700. Raises InputError if
+    `directory` cannot be written or is not empty.
+    """
     where = str(directory)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise InputError("the directory is not empty", where=where, fix="a new one for certificates")
         directory.chmod(0o700)
-        for name, content in files.items():
-            handle = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
+        for role, own in credentials.items():
+            (directory / role).mkdir(mode=0o700)
+            for name, content in zip(_files(role), (own.authority, own.certificate, own.key), strict=True):
+                handle = os.open(directory / role / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
     except OSError as error:
         raise InputError("certificates cannot be written", where=where, got=error.strerror) from error
 
 
-def tls_context(directory: Path, role: Role, *, accepts: bool) -> ssl.SSLContext:
+def read_credentials(directory: Path, role: Role) -> Credentials:
+    """What `write_credentials` wrote for `role`; `directory` is that of the role.
+
+    Raises InputError if a file is missing, the key may be read by others, or the certificate is for another
+    role or out of date.
+    """
+    names = _files(role)
+    try:
+        mode = (directory / names[2]).stat().st_mode
+        own = Credentials(*((directory / name).read_bytes() for name in names))
+    except OSError as error:
+        raise InputError(
+            f"the certificates of {role} cannot be read",
+            where=str(error.filename or directory),
+            got=error.strerror,
+            allowed=", ".join(names),
+            fix="tightrope certs",
+        ) from error
+    key = str(directory / names[2])
+    if mode & 0o077:
+        raise InputError("others may read the private key", where=key, fix=f"chmod 600 {key}")
+    _check_certificate(own.certificate, role, str(directory / names[1]))
+    return own
+
+
+def _check_certificate(pem: bytes, role: Role, where: str) -> None:
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = [("URI", uri) for uri in names.get_values_for_type(x509.UniformResourceIdentifier)]
+    except (ValueError, x509.ExtensionNotFound) as error:
+        raise InputError("not a certificate of a party", where=where, got=str(error)) from error
+    if peer_role({"subjectAltName": uris}) != role:
+        raise InputError(f"the certificate is not one of a {role}", where=where, got=uris)
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not begin <= datetime.now(UTC) <= end:
+        raise InputError(
+            "the certificate is out of date",
+            where=where,
+            got=f"valid {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC",
+            fix="tightrope certs",
+        )
+
+
+def _files(role: Role) -> tuple[str, str, str]:
+    return AUTHORITY_FILE, f"{role}.pem", f"{role}.key"
+
+
+def tls_context(own: Credentials, *, accepts: bool) -> ssl.SSLContext:
     """The TLS 1.3 context of a party: its own certificate, and every peer must show one of the authority's.
 
-    accepts: True for the side that listens. Raises InputError if a file is missing or unreadable.
+    accepts: True for the side that listens. Nothing is written to disk. Raises InputError for credentials
+    that OpenSSL cannot use.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if accepts else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -99,17 +176,28 @@ def tls_context(directory: Path, role: Role, *, accepts: bool) -> ssl.SSLContext
     if accepts:
         context.num_tickets = 0  # no session is resumed, and a link must carry nothing that is not counted
     try:
-        context.load_verify_locations(directory / AUTHORITY_FILE)
-        context.load_cert_chain(directory / f"{role}.pem", directory / f"{role}.key")
-    except (OSError, ssl.SSLError) as error:
+        context.load_verify_locations(cadata=own.authority.decode("ascii"))
+        with _readable(own.certificate) as certificate, _readable(own.key) as key:
+            context.load_cert_chain(certificate, key, password="")  # never asks for one at the terminal
+    except (OSError, ValueError) as error:  # SSLError is an OSError
         raise InputError(
-            f"the certificates of {role} cannot be read",
-            where=str(directory),
-            got=error.strerror or str(error),
-            allowed=f"{AUTHORITY_FILE}, {role}.pem, {role}.key",
-            fix="tightrope certs",
+            "OpenSSL cannot use the certificates", got=getattr(error, "reason", None) or str(error)
         ) from error
     return context
+
+
+@contextmanager
+def _readable(content: bytes) -> Iterator[str]:
+    """A path that reads as `content` and is a pipe: the ssl module takes certificates from paths only."""
+    if len(content) > PIPE_BYTES:
+        raise ValueError(f"{len(content)} bytes are too many for a certificate or key")
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, content)
+        os.close(writer)
+        yield f"/dev/fd/{reader}"
+    finally:
+        os.close(reader)
 
 
 def peer_role(certificate: Any) -> str | None:
@@ -134,6 +222,8 @@ class KeyExchange:
         private, self._private = self._private, None
         if private is None:
             raise ProtocolError("a key exchange was used twice", where=f"link to {peer}")
+        if peer_public == self.public:
+            raise ProtocolError("the peer sent our own public key back", where=f"link to {peer}")
         try:
             shared = private.exchange(X25519PublicKey.from_public_bytes(peer_public))
         except ValueError as error:

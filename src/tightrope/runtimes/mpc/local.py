@@ -22,27 +22,27 @@ class LocalLink:
     def send(self, parts: list[memoryview]) -> None:
         self._outgoing.put(b"".join(parts))
 
-    def recv_into(self, target: memoryview) -> None:
+    def recv_into(self, target: memoryview, silence_s: float | None = None) -> None:
         filled = 0
         while filled < len(target):
             if not self._rest:
-                self._rest = memoryview(self._receive())
+                self._rest = memoryview(self._receive(self._timeout_s if silence_s is None else silence_s))
             size = min(len(self._rest), len(target) - filled)
             target[filled : filled + size] = self._rest[:size]
             self._rest = self._rest[size:]
             filled += size
 
-    def _receive(self) -> bytes:
+    def _receive(self, silence_s: float) -> bytes:
         try:
-            data = self._incoming.get(timeout=self._timeout_s)
+            data = self._incoming.get(timeout=silence_s)
         except Empty:
-            raise LinkError(f"nothing came for {self._timeout_s:g} s") from None
+            raise LinkError(f"nothing came for {silence_s:g} s") from None
         if data is None:
             self._incoming.put(None)  # the end stays the end
             raise LinkError("closed the connection")
         return data
 
-    def flush(self, timeout_s: float) -> None:
+    def flush(self) -> None:
         pass
 
     def close(self) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from tightrope.errors import ProtocolError
 from tightrope.program import Program
 from tightrope.runtimes.mpc import fss
-from tightrope.runtimes.mpc.channel import Channel, Clock
+from tightrope.runtimes.mpc.channel import Channel, Clock, Count
 from tightrope.runtimes.mpc.config import MPC
+from tightrope.runtimes.mpc.frame import CONTROL
 from tightrope.runtimes.mpc.keys import KeyExchange, Role
 from tightrope.runtimes.mpc.prg import SEED_BYTES, Streams
 from tightrope.runtimes.mpc.schedule import MASK, Schedule
@@ -26,6 +27,7 @@ from tightrope.types import Json
 
 PROTOCOL_VERSION = 1
 MAX_HELLO_BYTES = 4096
+MAX_SHOWN = 200
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -48,11 +50,12 @@ class Batch:
 class PhaseReport:
     """What one party spent in one phase.
 
-    `rounds`: its Lamport clock after each step; `sent`: bytes by (receiver, step); `milliseconds` and
-    `drelus` by Program op.
+    `rounds`: its Lamport clock after each step; `sent` and `received`: bytes by (peer, step); `milliseconds`
+    and `drelus` by Program op.
     """
 
     sent: Mapping[tuple[Role, int], int]
+    received: Mapping[tuple[Role, int], int]
     rounds: tuple[int, ...]
     milliseconds: Mapping[str, float]
     drelus: Mapping[str, int]
@@ -63,8 +66,7 @@ class PhaseReport:
 class Party:
     """A party after the handshake.
 
-    `streams` holds the pairwise randomness, and under its own role the party's private one. `beat` is called
-    after every step, so that an observer sees that the party is alive.
+    `streams` holds the pairwise randomness, and under its own role the party's private one.
     """
 
     role: Role
@@ -75,7 +77,6 @@ class Party:
     clock: Clock
     streams: Mapping[Role, Streams]
     threads: int
-    beat: Callable[[], None]
     weights: dict[int, Tensor] = field(default_factory=dict)  # by step: client F, server W, dealer B
     biases: dict[int, Tensor] = field(default_factory=dict)  # the server's
     drelus: dict[str, int] = field(default_factory=dict)
@@ -129,25 +130,27 @@ class Party:
                 elif online:  # shares made offline are still needed online
                     batch.wires.pop(name, None)
             rounds.append(self.clock.round)
-            self.beat()
         for channel in self.channels.values():
-            channel.flush(self.config.timeout_s)
+            channel.flush()
         elapsed_ms = (time.perf_counter() - start) * 1e3
-        return PhaseReport(self.sent(), tuple(rounds), spent, dict(self.drelus), elapsed_ms)
-
-    def sent(self) -> dict[tuple[Role, int], int]:
-        """Bytes sent since the last call, by receiver and step, without the hellos."""
         traffic = {peer: channel.traffic.take() for peer, channel in self.channels.items()}
-        sent: dict[tuple[Role, int], int] = {}
-        for peer, counts in traffic.items():
-            for (step, tag), count in counts.sent.items():
-                if tag != Tag.HELLO:
-                    sent[peer, step] = sent.get((peer, step), 0) + count.bytes
-        return sent
+        sent = _by_step({peer: counts.sent for peer, counts in traffic.items()})
+        received = _by_step({peer: counts.received for peer, counts in traffic.items()})
+        return PhaseReport(sent, received, tuple(rounds), spent, dict(self.drelus), elapsed_ms)
 
     def close(self) -> None:
         for channel in self.channels.values():
             channel.close()
+
+
+def _by_step(traffic: Mapping[Role, Mapping[tuple[int, int], Count]]) -> dict[tuple[Role, int], int]:
+    """Bytes by peer and step, without hellos and control."""
+    bytes_: dict[tuple[Role, int], int] = {}
+    for peer, counts in traffic.items():
+        for (step, tag), count in counts.items():
+            if tag != Tag.HELLO and tag < CONTROL:
+                bytes_[peer, step] = bytes_.get((peer, step), 0) + count.bytes
+    return bytes_
 
 
 DTYPES: dict[Unit, type[np.unsignedinteger[Any]]] = {
@@ -166,18 +169,26 @@ def _empty(f: Field, batch: int) -> NDArray[Any]:
 
 
 def introduce(
-    role: Role, channels: Mapping[Role, Channel], session: bytes, program: Program, config: MPC
+    role: Role,
+    channels: Mapping[Role, Channel],
+    session: bytes,
+    program: Program,
+    config: MPC,
+    certificate: str = "",
 ) -> dict[Role, Streams]:
     """Compare with every peer what all must agree on, and agree on pairwise seeds (X25519).
 
-    Returns the streams shared with each peer, and under `role` private ones. Raises ProtocolError, with both
-    values, at the first thing that differs: protocol version, session, program or configuration.
+    `certificate`: the own one's fingerprint, where there is TLS. Returns the streams shared with each peer,
+    and under `role` private ones. Raises ProtocolError, with both values, at the first thing that differs:
+    protocol version, session, program (and so the plan), configuration, or who the parties are.
     """
     own = {
         "protocol version": PROTOCOL_VERSION,
         "session": session.hex(),
         "program": program.sha256(),
         **config.agreed(),
+        f"certificate of {role}": certificate,
+        **{f"certificate of {peer}": channel.certificate for peer, channel in channels.items()},
     }
     exchanges = {peer: KeyExchange() for peer in channels}
     for peer, channel in channels.items():
@@ -186,22 +197,42 @@ def introduce(
     streams = {role: Streams(secrets.token_bytes(SEED_BYTES), session)}
     for peer, channel in channels.items():
         theirs, key = _read_hello(peer, channel.recv_bounded(0, Tag.HELLO, MAX_HELLO_BYTES))
-        for name in own.keys() | theirs.keys():
+        for name in [*own, *(theirs.keys() - own.keys())]:
             if own.get(name) != theirs.get(name):
                 raise ProtocolError(
-                    f"{peer} and {role} disagree about the {name}",
+                    f"{peer} and {role} disagree about the {_shown(name)}",
                     where=role,
-                    got=theirs.get(name),
-                    allowed=own.get(name),
+                    got=_shown(theirs.get(name)),
+                    allowed=_shown(own.get(name)),
                     fix="give all parties the same program, configuration and release",
                 )
         streams[peer] = Streams(exchanges[peer].seed(key, role, peer, session), session)
     return streams
 
 
-def _read_hello(peer: Role, data: bytes) -> tuple[dict[str, Json], bytes]:
+def _shown(value: Json) -> str:
+    """A value that a peer sent, safe to print: one short line of ASCII."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("unicode_escape").decode()[:MAX_SHOWN]
+
+
+def read_json(data: bytes, what: str, peer: Role) -> dict[str, Json]:
+    """A JSON object that a peer sent; `data` is bounded by its caller. Raises ProtocolError for all else."""
     try:
-        hello = json.loads(data)
-        return dict(hello["agreed"]), bytes.fromhex(hello["key"])
-    except (ValueError, KeyError, TypeError) as error:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:  # 4 kB of brackets exhaust the parser's stack
+        raise ProtocolError(f"{what} that cannot be read", where=f"from {peer}", got=str(error)) from error
+    if not isinstance(body, dict):
+        raise ProtocolError(f"{what} that cannot be read", where=f"from {peer}", got="no JSON object")
+    return body
+
+
+def _read_hello(peer: Role, data: bytes) -> tuple[dict[str, Json], bytes]:
+    hello = read_json(data, "a hello", peer)
+    agreed, key = hello.get("agreed"), hello.get("key")
+    if not isinstance(agreed, dict) or not isinstance(key, str):
+        raise ProtocolError("a hello that cannot be read", where=f"from {peer}", got="no `agreed` or `key`")
+    try:
+        return agreed, bytes.fromhex(key)
+    except ValueError as error:
         raise ProtocolError("a hello that cannot be read", where=f"from {peer}", got=str(error)) from error

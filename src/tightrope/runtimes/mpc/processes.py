@@ -1,13 +1,12 @@
 """The three parties as processes of their own, over mutual TLS on the loopback interface.
 
-The session's process only orchestrates. On disk, in a private directory that is removed as soon as the
-parties are ready, are throw-away certificates, the public program, and the weights for the server.
+The session's process only orchestrates. Throw-away certificates, the public program, and the weights for the
+server go to the processes through their standard input; nothing is written to disk.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,6 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
 
@@ -28,12 +26,13 @@ from tightrope.errors import InputError, ProtocolError, TightropeError
 from tightrope.program import Program
 from tightrope.runtimes.mpc import control
 from tightrope.runtimes.mpc.config import MPC
-from tightrope.runtimes.mpc.keys import ROLES, Role, make_certificates
+from tightrope.runtimes.mpc.keys import ROLES, Credentials, Role, make_credentials
 from tightrope.runtimes.mpc.team import TAKES_PART, Command, Reply
 from tightrope.types import Json
 
 START_S = 120.0  # to import torch and, the first time, compile the loops on a busy machine
 HANDSHAKE_S = 30.0
+CERTIFICATE_DAYS = 1
 BLAME_S = 1.0  # what is waited for further reports before one party is blamed
 CLOSE_S = 5.0
 PORT_OFFSET: Mapping[Role, int] = {"server": 0, "dealer": 1, "client": 0}
@@ -42,6 +41,7 @@ INNOCENCE: Mapping[str, int] = {DIED: 0, SILENT: 1}
 Event = tuple[Role, dict[str, Json], bytes]
 Answer = tuple[dict[str, Json], bytes]
 Processes = dict[Role, "subprocess.Popen[bytes]"]
+Commands = dict[Role, SimpleQueue[tuple[Mapping[str, Json], bytes] | None]]
 
 
 class ProcessTeam:
@@ -54,20 +54,15 @@ class ProcessTeam:
         self._memory_bytes: dict[Role, int] = {}
         self._failure: TightropeError | None = None
         self._errors: dict[Role, IO[bytes]] = {}
-        self._end = weakref.finalize(self, _kill, self._processes)
-        directory = Path(tempfile.mkdtemp(prefix="tightrope-"))  # mode 0700
+        self._commands: Commands = {}
+        self._end = weakref.finalize(self, _kill, self._processes, self._commands)
         try:
-            make_certificates(directory / "certificates")
-            program.public().save(directory / "public")
-            program.save(directory / "server")
-            self._start(directory, session)
+            self._start(program, session, make_credentials(days=CERTIFICATE_DAYS))
         except BaseException:
             self._abandon("could not start")
             raise
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
 
-    def _start(self, directory: Path, session: bytes) -> None:
+    def _start(self, program: Program, session: bytes, credentials: Mapping[Role, Credentials]) -> None:
         for role in ROLES:
             self._errors[role] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the team
             process = subprocess.Popen(
@@ -78,10 +73,19 @@ class ProcessTeam:
                 start_new_session=True,  # an interrupt from the keyboard is the session's to handle
             )
             self._processes[role] = process
-            threading.Thread(target=_follow, args=(role, process.stdout, self._events), daemon=True).start()
-        common = {"directory": str(directory), "session": session.hex(), "config": asdict(self._config)}
-        begin = {role: common | {"role": role, "port_offset": PORT_OFFSET[role]} for role in ROLES}
-        ports = {role: head["port"] for role, (head, _) in self._ask("start", begin, START_S).items()}
+            self._commands[role] = SimpleQueue()
+            follow = (role, process.stdout, self._events)
+            threading.Thread(target=_follow, args=follow, daemon=True).start()
+            threading.Thread(target=_tell, args=(process.stdin, self._commands[role]), daemon=True).start()
+        structure = program.structure()
+        common = {"session": session.hex(), "config": asdict(self._config), "structure": structure}
+        begin = {
+            role: common
+            | {"role": role, "port_offset": PORT_OFFSET[role], "credentials": _text(credentials[role])}
+            for role in ROLES
+        }
+        started = self._ask("start", begin, START_S, {"server": program.weights()})
+        ports = {role: head["port"] for role, (head, _) in started.items()}
         self._ask("handshake", {role: {"ports": ports} for role in ROLES}, HANDSHAKE_S)
 
     def call(self, command: Command, size: int, x: NDArray[Any] | None = None) -> dict[Role, Reply]:
@@ -106,10 +110,7 @@ class ProcessTeam:
         if self._failure is not None:
             raise self._failure
         for role, head in heads.items():
-            with suppress(OSError, ValueError):  # a dead process is noticed by its end of stream
-                stdin = self._processes[role].stdin
-                if stdin is not None:
-                    control.write(stdin, head, (bodies or {}).get(role, b""))
+            self._commands[role].put((head, (bodies or {}).get(role, b"")))
         try:
             return self._answers(phase, tuple(heads), silence_s)
         except BaseException:  # also an interrupt: answers still to come would be taken for later ones
@@ -170,10 +171,8 @@ class ProcessTeam:
 
     def close(self) -> None:
         if self._failure is None and self._end.alive:
-            for process in self._processes.values():
-                with suppress(OSError, ValueError):
-                    if process.stdin is not None:
-                        control.write(process.stdin, {"command": "close"})
+            for commands in self._commands.values():
+                commands.put(({"command": "close"}, b""))
             deadline = time.monotonic() + CLOSE_S
             for process in self._processes.values():
                 with suppress(subprocess.TimeoutExpired):
@@ -194,6 +193,17 @@ def _follow(role: Role, stream: IO[bytes], events: SimpleQueue[Event]) -> None:
     events.put((role, {"error": DIED, "text": "the process ended"}, b""))
 
 
+def _tell(stream: IO[bytes], commands: SimpleQueue[tuple[Mapping[str, Json], bytes] | None]) -> None:
+    """Write commands, from a thread: a process that hangs must not hang the session with it."""
+    while (command := commands.get()) is not None:
+        with suppress(OSError, ValueError):  # a dead process is noticed by its end of stream
+            control.write(stream, *command)
+
+
+def _text(own: Credentials) -> list[str]:
+    return [pem.decode("ascii") for pem in (own.authority, own.certificate, own.key)]
+
+
 def _echo(report: Mapping[str, Json]) -> bool:
     """Whether a party only says that it lost another."""
     return bool(report["error"] == "ProtocolError" and report["text"].startswith(("lost ", "cannot send ")))
@@ -203,8 +213,10 @@ def _innocence(report: Mapping[str, Json]) -> int:
     return 3 if _echo(report) else INNOCENCE.get(report["error"], 2)
 
 
-def _kill(processes: Processes) -> None:
+def _kill(processes: Processes, commands: Commands) -> None:
     """Whatever still runs is stopped and waited for."""
+    for queue in commands.values():
+        queue.put(None)
     for process in processes.values():
         process.kill()
     for process in processes.values():

@@ -6,6 +6,7 @@ import platform
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import permutations
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from tightrope.errors import InputError, ProtocolError
 from tightrope.program import Program
+from tightrope.runtimes.mpc.compiler import SMALLEST_RANGE
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.cost import Costs, joined, pieces, structural
 from tightrope.runtimes.mpc.keys import Role
@@ -21,7 +23,7 @@ from tightrope.runtimes.mpc.party import PhaseReport
 from tightrope.runtimes.mpc.prg import SESSION_BYTES
 from tightrope.runtimes.mpc.processes import ProcessTeam
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
-from tightrope.runtimes.mpc.team import LocalTeam, Reply, Team, threads_of
+from tightrope.runtimes.mpc.team import Command, LocalTeam, Reply, Team, threads_of
 from tightrope.types import Cost, Measurement, OpTrace, total
 
 MODES: Mapping[str, type[LocalTeam] | type[ProcessTeam]] = {"simulate": LocalTeam, "execute": ProcessTeam}
@@ -34,12 +36,17 @@ def open_session(program: Program, config: MPC, mode: Literal["simulate", "execu
         raise InputError("unknown mode", where="mpc", got=mode, allowed=", ".join(MODES))
     schedule = compile_program(program, config)
     team = MODES[mode](program, config, secrets.token_bytes(SESSION_BYTES))
+    return begin(program, config, mode, schedule, team)
+
+
+def begin(program: Program, config: MPC, mode: str, schedule: Schedule, team: Team) -> MPCSession:
+    """A session of parties that have shaken hands: the server shares its weights."""
     try:
-        replies = team.call("setup", 0)
+        setup = _call(team, "setup", 0)
     except BaseException:
         team.close()
         raise
-    return MPCSession(program.public(), config, mode, schedule, team, _links(_reports(replies)))
+    return MPCSession(program.public(), config, mode, schedule, team, _links(_reports(setup)))
 
 
 class MPCSession:
@@ -70,24 +77,17 @@ class MPCSession:
 
         Per op, online_ms is the client's time, waiting included, and offline_ms the dealer's.
 
-        Raises InputError for an input of another shape, not finite, or beyond its calibrated range times the
-        margin, and for a result beyond its own, where something must have been out of range; ProtocolError,
-        naming the party and the phase, if one fails. After that the session is closed.
+        Raises InputError for an input of another shape, not finite, or beyond its calibrated range times
+        `input_margin`, and for a result beyond its own times the margin, where something must have been out
+        of range; ProtocolError, naming the party and the phase, if one fails. Then the session is closed.
         """
         x = np.ascontiguousarray(x, np.float64)
         self.program.check_input(x)
-        largest, limit = float(np.abs(x).max()), self._schedule.input.limit
-        if largest > limit:
-            raise InputError(
-                "the input is far larger than the calibration data, so later values could overflow the ring",
-                got=f"{largest:.4g}",
-                allowed=f"{limit:.4g} (range times margin)",
-                fix="normalise the input as in training, or calibrate with such data",
-            )
+        self._check_range(x)
         outputs, spent, start = [], [], 0
         for size in pieces(self.program, self._schedule, self.config, len(x)):
-            offline = self._team.call("offline", size)
-            online = self._team.call("online", size, x[start : start + size])
+            offline = _call(self._team, "offline", size)
+            online = _call(self._team, "online", size, x[start : start + size])
             start += size
             y = online["client"][1]
             if y is None:
@@ -106,6 +106,19 @@ class MPCSession:
                 got=f"{float(np.abs(y).max()):.4g}",
                 allowed=f"{limit:.4g} (range times margin)",
                 fix="calibrate with such data, or a larger margin",
+            )
+
+    def _check_range(self, x: NDArray[np.float64]) -> None:
+        """The margin of inner values is there for what calibration has not seen, not for such an input."""
+        largest, seen = float(np.abs(x).max()), self.program.ranges[Program.INPUT]
+        margin = min(self.config.input_margin, self.config.margin)
+        limit = margin * max(seen, SMALLEST_RANGE)
+        if largest > limit:
+            raise InputError(
+                "the input is larger than the calibration data, so inner values could overflow the ring",
+                got=f"{largest:.4g}",
+                allowed=f"{limit:.4g} (calibrated {seen:.4g} times input_margin {margin:g})",
+                fix="normalise the input as in training, or calibrate with such data",
             )
 
     def _spent(self, batch: int, offline: Reports, online: Reports) -> Costs:
@@ -169,6 +182,25 @@ class MPCSession:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _call(team: Team, command: Command, size: int, x: NDArray[Any] | None = None) -> dict[Role, Reply]:
+    """Have it done, and see that on each link the receiver counted what the sender did, step by step."""
+    replies = team.call(command, size, x)
+    reports = _reports(replies)
+    for (sender, one), (receiver, other) in permutations(reports.items(), 2):
+        sent = {step: count for (peer, step), count in one.sent.items() if peer == receiver}
+        received = {step: count for (peer, step), count in other.received.items() if peer == sender}
+        if sent != received:
+            step = min(k for k in sent.keys() | received.keys() if sent.get(k) != received.get(k))
+            team.close()
+            raise ProtocolError(
+                "sender and receiver counted different bytes",
+                where=f"{sender}->{receiver}, {command} phase, step {step}",
+                got=f"{received.get(step, 0)} received",
+                allowed=f"{sent.get(step, 0)} sent",
+            )
+    return replies
 
 
 def _reports(replies: Mapping[Role, Reply]) -> Reports:

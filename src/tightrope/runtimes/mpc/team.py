@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal, Protocol, TypeVar
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from tightrope.errors import ProtocolError
 from tightrope.program import Program
 from tightrope.runtimes.mpc import dealer, holders
-from tightrope.runtimes.mpc.channel import Channel, Clock
+from tightrope.runtimes.mpc.channel import BEAT_S, Channel, Clock
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.keys import ROLES, Role
 from tightrope.runtimes.mpc.local import local_channels
@@ -46,7 +48,38 @@ class Worker:
     prepared: Batch | None = None
 
     def obey(self, command: Command, size: int, x: NDArray[Any] | None) -> Reply:
-        return OBEY[command](self, size, x)
+        """Do it, and meanwhile give the peers signs of life, however long a single step takes."""
+        every_s = beat_s(self.party.config)
+
+        def beat() -> None:
+            for channel in self.party.channels.values():
+                channel.beat(every_s)
+
+        with beating(every_s, beat):
+            return OBEY[command](self, size, x)
+
+
+def beat_s(config: MPC) -> float:
+    """How often a party that works gives signs of life."""
+    return min(BEAT_S, config.timeout_s / 4)
+
+
+@contextmanager
+def beating(every_s: float, beat: Callable[[], None]) -> Iterator[None]:
+    """Call `beat` again and again from a thread, while the block runs."""
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.wait(every_s):
+            beat()
+
+    thread = threading.Thread(target=run, name="tightrope-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _setup(worker: Worker, size: int, x: NDArray[Any] | None) -> Reply:
@@ -96,11 +129,11 @@ def seat(
     session: bytes,
     channels: Mapping[Role, Channel],
     clock: Clock,
-    beat: Callable[[], None] = lambda: None,
+    certificate: str = "",
 ) -> Worker:
     """Shake hands with both peers and be ready for commands. Raises ProtocolError if they disagree."""
-    streams = introduce(role, channels, session, program, config)
-    return Worker(Party(role, program, schedule, config, channels, clock, streams, threads_of(config), beat))
+    streams = introduce(role, channels, session, program, config, certificate)
+    return Worker(Party(role, program, schedule, config, channels, clock, streams, threads_of(config)))
 
 
 class LocalTeam:

@@ -8,22 +8,26 @@ lock, and the waiting happens outside, in poll.
 
 from __future__ import annotations
 
+import fcntl
 import select
 import socket
 import ssl
+import sys
+import termios
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 from tightrope.errors import InputError, ProtocolError
-from tightrope.runtimes.mpc.channel import Channel, Clock, LinkError
+from tightrope.runtimes.mpc.channel import STEP_S, Channel, Clock, LinkError
 from tightrope.runtimes.mpc.frame import VERSION
-from tightrope.runtimes.mpc.keys import Role, peer_role
+from tightrope.runtimes.mpc.keys import Role, fingerprint, peer_role
 
 RECORD_BYTES = 1 << 14  # the largest TLS record, RFC 8446 section 5.1
 LINGER_S = 2.0  # what a closing party still waits for its last frames to leave
-HANDSHAKE_S = 4.0  # what a listening party gives one unproven connection
 RETRY_S = 0.05
 HELLO_BYTES = 32
 KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2}  # seconds, seconds, probes
@@ -46,13 +50,13 @@ class TlsLink:
         self._check_sender()
         self._queue.put(parts)
 
-    def recv_into(self, target: memoryview) -> None:
+    def recv_into(self, target: memoryview, silence_s: float | None = None) -> None:
         while target:
             try:
                 with self._inside:
                     size = self._socket.recv_into(target)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
-                self._wait(wanted)
+                self._wait(wanted, self._timeout_s if silence_s is None else silence_s)
             except (OSError, ValueError) as error:
                 raise LinkError(_reason(error)) from error
             else:
@@ -60,11 +64,11 @@ class TlsLink:
                     raise LinkError("closed the connection")
                 target = target[size:]
 
-    def flush(self, timeout_s: float) -> None:
+    def flush(self) -> None:
         done = threading.Event()
         self._queue.put(done)
-        if not done.wait(timeout_s):
-            raise LinkError(f"frames still unsent after {timeout_s:g} s")
+        if not done.wait(STEP_S):  # the sender itself notices a peer that is gone
+            raise LinkError(f"frames still unsent after {STEP_S:g} s")
         self._check_sender()
 
     def close(self) -> None:
@@ -99,13 +103,22 @@ class TlsLink:
                 with self._inside:
                     size = self._socket.send(view)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
-                self._wait(wanted)
+                self._wait(wanted, self._timeout_s)
             except (OSError, ValueError) as error:
                 raise LinkError(_reason(error)) from error
             else:
                 view = view[size:]
 
-    def _wait(self, wanted: ssl.SSLError) -> None:
+    def _unread(self) -> int:
+        """Bytes that wait to be received. While a peer works on something else it takes nothing, but its
+        beats come in and change this number."""
+        try:
+            count = fcntl.ioctl(self._socket, termios.FIONREAD, bytes(4))
+        except (OSError, ValueError) as error:
+            raise LinkError("closed on this side") from error
+        return int.from_bytes(count, sys.byteorder)
+
+    def _wait(self, wanted: ssl.SSLError, silence_s: float) -> None:
         """Wait until the socket can do what OpenSSL wants next."""
         reading = isinstance(wanted, ssl.SSLWantReadError)
         poll = select.poll()
@@ -113,66 +126,23 @@ class TlsLink:
             poll.register(self._socket, select.POLLIN if reading else select.POLLOUT)
         except ValueError as error:
             raise LinkError("closed on this side") from error
-        if not poll.poll(self._timeout_s * 1000):
-            raise LinkError(f"nothing {'came' if reading else 'was taken'} for {self._timeout_s:g} s")
+        unread = self._unread()
+        while not poll.poll(silence_s * 1000):
+            before, unread = unread, self._unread()
+            if reading or unread == before:
+                raise LinkError(f"nothing {'came' if reading else 'was taken'} for {silence_s:g} s")
 
 
-class Listener:
-    """A bound port on which a party waits for its peers. port 0 takes a free one; see `.port`.
+@dataclass(frozen=True)
+class Proven:
+    """A connection whose peer has shown the certificate of a role; `certificate` is its fingerprint."""
 
-    Raises InputError if the address cannot be bound.
-    """
+    connection: ssl.SSLSocket
+    role: Role
+    certificate: str
 
-    def __init__(self, host: str, port: int, context: ssl.SSLContext, own: Role) -> None:
-        _check_port(port)
-        try:
-            self._socket = socket.create_server((host, port), backlog=16)
-        except OSError as error:
-            raise InputError(
-                f"{own} cannot listen",
-                where=f"{host}:{port}",
-                got=error.strerror,
-                fix="another port, or port 0 for any free one",
-            ) from error
-        self.port: int = self._socket.getsockname()[1]
-        self._context = context
-        self._own = own
-
-    def accept(
-        self, peers: set[Role], clock: Clock, *, within_s: float, timeout_s: float
-    ) -> dict[Role, Channel]:
-        """Wait for every role in `peers` once. Other connections are refused and waiting goes on.
-
-        within_s: for all of them together; timeout_s: of the channels. Raises ProtocolError, with the reason
-        of every refusal, if a peer is still missing then.
-        """
-        deadline = time.monotonic() + within_s
-        channels: dict[Role, Channel] = {}
-        refused: list[str] = []
-        while missing := peers - channels.keys():
-            try:
-                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-                raw, address = self._socket.accept()
-            except TimeoutError:
-                for channel in channels.values():
-                    channel.close()
-                raise ProtocolError(
-                    f"{self._own} waited in vain for {', '.join(sorted(missing))}",
-                    where=f"port {self.port}",
-                    got="; ".join(refused[-8:]) or f"no connection within {within_s:g} s",
-                    fix="start the missing party, with certificates of the same authority",
-                ) from None
-            allowed_s = min(HANDSHAKE_S, max(0.1, deadline - time.monotonic()))
-            try:
-                secure, role = _handshake(raw, self._context, self._own, missing, allowed_s)
-            except ProtocolError as error:
-                refused.append(f"{address[0]}:{address[1]} refused: {error.what}")
-                continue
-            channels[role] = Channel(self._own, role, TlsLink(secure, timeout_s), clock)
-        return channels
-
-    def close(self) -> None:
-        self._socket.close()
+    def channel(self, own: Role, clock: Clock, timeout_s: float) -> Channel:
+        return Channel(own, self.role, TlsLink(self.connection, timeout_s), clock, self.certificate)
 
 
 def connect(
@@ -190,16 +160,16 @@ def connect(
 
     Raises InputError for an unknown host, ProtocolError if nobody listens or the one who does is not `peer`.
     """
-    _check_port(port)
+    check_port(port)
     deadline = time.monotonic() + within_s
     while True:
         left_s = max(0.1, deadline - time.monotonic())
         try:
             raw = socket.create_connection((host, port), timeout=left_s)
             break
-        except socket.gaierror as error:
-            raise InputError("unknown host", where=f"{host}:{port}", got=error.strerror) from error
         except OSError as error:
+            if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+                raise InputError("unknown host", where=f"{host}:{port}", got=error.strerror) from error
             if time.monotonic() + RETRY_S >= deadline:
                 raise ProtocolError(
                     f"{own} cannot reach {peer}",
@@ -208,18 +178,30 @@ def connect(
                     fix=f"start {peer} first, or check its address",
                 ) from error
             time.sleep(RETRY_S)
-    secure, role = _handshake(raw, context, own, {peer}, max(0.1, deadline - time.monotonic()))
-    return Channel(own, role, TlsLink(secure, timeout_s), clock)
+
+    def is_peer(name: str | None) -> Role:
+        if name != peer:
+            raise ProtocolError(f"the peer is {name or 'of no known role'}, not {peer}", where=own)
+        return peer
+
+    proven = handshake(raw, context, own, is_peer, max(0.1, deadline - time.monotonic()))
+    return proven.channel(own, clock, timeout_s)
 
 
-def _handshake(
-    raw: socket.socket, context: ssl.SSLContext, own: Role, allowed: set[Role], within_s: float
-) -> tuple[ssl.SSLSocket, Role]:
-    """TLS, the peer's role from its certificate, and one hello each way.
+def handshake(
+    raw: socket.socket,
+    context: ssl.SSLContext,
+    own: Role,
+    claim: Callable[[str | None], Role],
+    within_s: float,
+) -> Proven:
+    """TLS, the peer's role from its certificate, and one hello each way, all within_s seconds.
 
     The hellos make both sides sure that the other accepted: a TLS 1.3 client is done before the server has
-    looked at its certificate. Closes the socket and raises ProtocolError if anything is not as it must be.
+    looked at its certificate. `claim` gets the role that the certificate names and returns it, or raises
+    ProtocolError. Closes the socket and raises ProtocolError if anything is not as it must be.
     """
+    deadline = time.monotonic() + within_s
     accepts = context.protocol == ssl.PROTOCOL_TLS_SERVER
     try:
         raw.settimeout(within_s)
@@ -233,15 +215,13 @@ def _handshake(
         raw.close()
         raise ProtocolError(f"no TLS 1.3 with a valid certificate ({_reason(error)})", where=own) from error
     try:
-        name = peer_role(secure.getpeercert())
-        role = next((r for r in allowed if r == name), None)
-        if role is None:
-            raise ProtocolError(
-                f"the peer is {name or 'of no known role'}, not {' or '.join(sorted(allowed))}", where=own
-            )
+        role = claim(peer_role(secure.getpeercert()))
         secure.sendall(_hello(own))
         greeting = b""
-        while len(greeting) < HELLO_BYTES and (more := secure.recv(HELLO_BYTES - len(greeting))):
+        while len(greeting) < HELLO_BYTES:
+            secure.settimeout(max(0.01, deadline - time.monotonic()))
+            if not (more := secure.recv(HELLO_BYTES - len(greeting))):
+                break
             greeting += more
         if greeting != _hello(role):
             raise ProtocolError(f"{role} refused or speaks another version ({greeting!r})", where=own)
@@ -250,10 +230,10 @@ def _handshake(
         if isinstance(error, ProtocolError):
             raise
         raise ProtocolError(f"the peer did not accept ({_reason(error)})", where=own) from error
-    return secure, role
+    return Proven(secure, role, fingerprint(secure.getpeercert(binary_form=True) or b""))
 
 
-def _check_port(port: int) -> None:
+def check_port(port: int) -> None:
     if not 0 <= port <= 65535:
         raise InputError("no such port", got=port, allowed="0 to 65535")
 

@@ -1,9 +1,9 @@
 """One party as a process: `python -m tightrope.runtimes.mpc.worker`, obeying a session through its pipes.
 
-First command: {"role", "directory", "session", "config"}. `directory` holds `certificates/`, `public/` (the
-program without weights) and, which only the server opens, `server/` (with weights). A party that listens
-answers with its port; then {"ports"} makes the links, and setup, offline and online follow. The process ends
-with its standard input, so no party outlives the session that started it.
+First command: {"role", "session", "config", "credentials", "structure"}, and to the server the weights as its
+body. Nothing of it touches the disk. A party that listens answers with its port; then {"ports"} makes the
+links, and setup, offline and online follow. The process ends with its standard input, so no party outlives
+the session that started it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,26 +23,42 @@ import torch
 from tightrope.errors import InputError, ProtocolError
 from tightrope.program import Program
 from tightrope.runtimes.mpc import control, gates
-from tightrope.runtimes.mpc.channel import Channel, Clock
+from tightrope.runtimes.mpc.channel import BEAT_S, Channel, Clock
 from tightrope.runtimes.mpc.config import MPC
-from tightrope.runtimes.mpc.keys import Role, tls_context
+from tightrope.runtimes.mpc.keys import Credentials, Role, tls_context
+from tightrope.runtimes.mpc.listen import Listener
 from tightrope.runtimes.mpc.schedule import compile_program
-from tightrope.runtimes.mpc.team import Worker, peak_memory_bytes, seat, threads_of
-from tightrope.runtimes.mpc.tls import Listener, connect
+from tightrope.runtimes.mpc.team import Worker, beat_s, beating, peak_memory_bytes, seat, threads_of
+from tightrope.runtimes.mpc.tls import connect
 from tightrope.types import Json
 
 HOST = "127.0.0.1"
 CONNECT_S = 10.0
-BEAT_S = 1.0
 Peers = Mapping[Role, tuple[Role, ...]]
 CONNECTS: Peers = {"client": ("server", "dealer"), "server": ("dealer",), "dealer": ()}
 ACCEPTS: Peers = {"client": (), "server": ("client",), "dealer": ("client", "server")}
 Command = tuple[dict[str, Json], bytes]
 
 
+class Replies:
+    """The pipe to the session. Beats come from a thread, so that a long step does not look like a hang."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def write(self, head: Mapping[str, Json], body: bytes = b"") -> None:
+        with self._lock:
+            control.write(self._stream, head, body)
+
+    def beat(self) -> None:
+        with suppress(OSError, ValueError):  # the session is gone, and soon this process
+            self.write({"beat": True})
+
+
 def main() -> int:
     """Obey commands until told to close. Exit status 1 after a failure, which is reported first."""
-    replies = os.fdopen(os.dup(1), "wb")
+    replies = Replies(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # whatever a library prints must not get between the replies
     commands: SimpleQueue[Command] = SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, commands), daemon=True).start()
@@ -51,12 +66,13 @@ def main() -> int:
     try:
         worker = _start(commands, replies)
         while (command := commands.get())[0]["command"] != "close":
-            _obey(worker, command, replies)
+            with beating(beat_s(worker.party.config), replies.beat):
+                _obey(worker, command, replies)
     except Exception as error:
         kind = type(error).__name__ if isinstance(error, InputError | ProtocolError) else "bug"
         text = str(error) if kind != "bug" else f"{type(error).__name__}: {error}"
         with suppress(OSError):
-            control.write(replies, {"error": kind, "text": text})
+            replies.write({"error": kind, "text": text})
         return 1
     finally:
         if worker is not None:
@@ -73,52 +89,38 @@ def _listen(stream: IO[bytes], commands: SimpleQueue[Command]) -> None:
     os._exit(2)
 
 
-def _start(commands: SimpleQueue[Command], replies: IO[bytes]) -> Worker:
-    begin, _ = commands.get()
-    role: Role = begin["role"]
-    directory, session = Path(begin["directory"]), bytes.fromhex(begin["session"])
-    config = MPC(**begin["config"])
-    torch.set_num_threads(threads_of(config))
-    server = role == "server"
-    program = Program.load(directory / ("server" if server else "public"), weights=server)
-    schedule = compile_program(program, config)
-    certificates = directory / "certificates"
-    gates.load_kernels()
-    listener = None
-    if ACCEPTS[role]:
-        port = config.port + begin["port_offset"] if config.port else 0
-        listener = Listener(HOST, port, tls_context(certificates, role, accepts=True), role)
-    control.write(replies, {"port": listener.port if listener else 0})
+def _start(commands: SimpleQueue[Command], replies: Replies) -> Worker:
+    begin, weights = commands.get()
+    with beating(BEAT_S, replies.beat):
+        role: Role = begin["role"]
+        session = bytes.fromhex(begin["session"])
+        config = MPC(**begin["config"])
+        torch.set_num_threads(threads_of(config))
+        program = Program.decode(begin["structure"], weights if role == "server" else None, Path(role))
+        schedule = compile_program(program, config)
+        own = Credentials(*(text.encode() for text in begin["credentials"]))
+        gates.load_kernels()
+        listener = None
+        if ACCEPTS[role]:
+            port = config.port + begin["port_offset"] if config.port else 0
+            listener = Listener(HOST, port, tls_context(own, accepts=True), role)
+    replies.write({"port": listener.port if listener else 0})
     ports = commands.get()[0]["ports"]
     clock = Clock()
     channels: dict[Role, Channel] = {}
     limits = {"within_s": CONNECT_S, "timeout_s": config.timeout_s}
     for peer in CONNECTS[role]:
-        context = tls_context(certificates, role, accepts=False)
+        context = tls_context(own, accepts=False)
         channels[peer] = connect(HOST, ports[peer], context, role, peer, clock, **limits)
     if listener is not None:
         channels |= listener.accept(set(ACCEPTS[role]), clock, **limits)
         listener.close()
-    worker = seat(role, program, schedule, config, session, channels, clock, _beat(replies))
-    control.write(replies, {"ready": True})
+    worker = seat(role, program, schedule, config, session, channels, clock, own.fingerprint)
+    replies.write({"ready": True})
     return worker
 
 
-def _beat(replies: IO[bytes]) -> Callable[[], None]:
-    """Tell the session once a second that work goes on."""
-    last = time.monotonic()
-
-    def beat() -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > BEAT_S:
-            last = now
-            control.write(replies, {"beat": True})
-
-    return beat
-
-
-def _obey(worker: Worker, command: Command, replies: IO[bytes]) -> None:
+def _obey(worker: Worker, command: Command, replies: Replies) -> None:
     head, body = command
     size = head["size"]
     x: Any = None
@@ -127,9 +129,9 @@ def _obey(worker: Worker, command: Command, replies: IO[bytes]) -> None:
     report, result = worker.obey(head["command"], size, x)
     reply = {"report": control.report_to_json(report), "peak_memory_bytes": peak_memory_bytes()}
     if result is None:
-        control.write(replies, reply)
+        replies.write(reply)
     else:
-        control.write(replies, reply | {"shape": result.shape}, np.ascontiguousarray(result).tobytes())
+        replies.write(reply | {"shape": result.shape}, np.ascontiguousarray(result).tobytes())
 
 
 if __name__ == "__main__":
