@@ -175,17 +175,27 @@ def test_products_of_layers_of_one_value_and_of_the_input(reverse: bool) -> None
     assert np.abs(model - want).max() < 2**-15
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_masked_shares_of_layers_go_ahead(reverse: bool) -> None:
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardsigmoid(x) * self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "ahead"), [(Square(), 2), (Square(True), 2), (Gated(), 1)], ids=["same", "small", "mixed"]
+)
+def test_masked_shares_of_layers_go_ahead(model: nn.Module, ahead: int) -> None:
     """With fewer bits the factors are untruncated: what the client knows of them is sent offline."""
     config = replace(EXACT, fraction_bits=12, weight_bits=8)
-    program, x = calibrated(Square(reverse), (2, 3, 3)), torch.randn(4, 2, 3, 3)
-    steps = [s for s in compile_program(program, config).steps if isinstance(s, Product)]
-    first = steps[0]
-    assert first.left.static and first.right.static
-    assert [m.sender for m in first.online[0]] == ["server"]
+    program, x = calibrated(model, (2, 3, 3)), torch.randn(4, 2, 3, 3)
+    first = next(s for s in compile_program(program, config).steps if isinstance(s, Product))
+    assert first.left.static + first.right.static == ahead
+    assert [m.sender for m in first.online[0]] == ["client"] * (ahead < 2) + ["server"]
     assert [m.sender for m in first.offline] == ["dealer", "client"]
-    assert reverse or {s.right.static for s in steps} == {True, False}
+    assert len(first.offline[1].fields) == ahead
     assert np.abs(secure(program, x, config) - evaluate(program, x).numpy()).max() < 2**-4
     with config.open(program, "simulate") as session:
         _, measured = session.run(x.numpy())

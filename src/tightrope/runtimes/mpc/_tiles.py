@@ -84,6 +84,7 @@ def selected(
     """
     N, _, H, W = x.shape
     own = np.uint64(party)
+    plain = linear == np.uint64(1) and constant == np.uint64(0)  # a ReLU needs no products
     for n in range(N):
         for g in range(place.shape[0]):
             p, q = patch[g, 0], patch[g, 1]
@@ -97,7 +98,9 @@ def selected(
                     if bit[n, row + w // q]:
                         product = x[n, place[g], h, w] - product
                         c = own - c
-                    out[n, channel[g], h, w] += linear * product + constant * c
+                    if not plain:
+                        product = linear * product + constant * c
+                    out[n, channel[g], h, w] += product
 
 
 @compiled

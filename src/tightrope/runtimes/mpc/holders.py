@@ -7,7 +7,7 @@ opening is sent offline too (`Wire.static`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,7 +248,8 @@ def _client_factors(party: Party, step: Product, batch: Batch) -> None:
     batch.material[step.index] = masks | {"product": product}
     message = _message(party, step.offline, "client")
     if message is not None:
-        party.send(step, message, batch.size, _masked_factors(step, batch, masks, message))
+        ahead = _masked_factors(step, batch, masks, [f.name for f in message.fields])
+        party.send(step, message, batch.size, ahead)
 
 
 def _server_factors(party: Party, step: Product, batch: Batch) -> None:
@@ -267,10 +268,10 @@ def _factors(step: Product) -> dict[str, Wire]:
     return {"left": step.left, "right": step.right}
 
 
-def _masked_factors(step: Product, batch: Batch, masks: Arrays, message: Message) -> Arrays:
-    """The party's share of every factor in the message, plus its part of the mask."""
-    shares = {name: words(batch.wires[wire.name]).reshape(-1) for name, wire in _factors(step).items()}
-    return {f.name: shares[f.name] + masks[f.name] for f in message.fields}
+def _masked_factors(step: Product, batch: Batch, masks: Arrays, names: Iterable[str]) -> Arrays:
+    """The party's shares of these factors, plus its parts of their masks."""
+    wires = _factors(step)
+    return {name: words(batch.wires[wires[name].name]).reshape(-1) + masks[name] for name in names}
 
 
 def _product(party: Party, step: Product, batch: Batch) -> None:
@@ -278,10 +279,7 @@ def _product(party: Party, step: Product, batch: Batch) -> None:
     number, material = NUMBER[party.role], batch.material.pop(step.index)
     to_peer = _message(party, step.online[0], party.role)
     from_peer = _message(party, step.online[0], PEER[party.role])
-    own = {
-        name: words(batch.wires[wire.name]).reshape(-1) + material[name]
-        for name, wire in _factors(step).items()
-    }
+    own = _masked_factors(step, batch, material, _factors(step))
     if to_peer is not None:
         party.send(step, to_peer, batch.size, own)
     theirs = {name: material[f"{name} ahead"] for name in own if f"{name} ahead" in material}
