@@ -47,6 +47,19 @@ def test_run_plain_on_an_image(
     assert body["measurement"]["total"]["drelus"] == Bundle.open(searched).plan().predicted.drelus
 
 
+@pytest.mark.slow
+def test_a_run_that_reveals_the_label_shows_no_logits(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(searched, tmp_path / "copy")
+    assert call(monkeypatch, "run", copy, "--count", "3", "--reveal", "label", "--json") == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["predictions"] == body["plain"] and body["max_abs_error"] is None
+    assert body["measurement"]["config"]["reveal"] == "label"
+    assert call(monkeypatch, "report", copy) == 0
+    assert "the client saw the label only" in (copy / "report.html").read_text()
+
+
 def test_the_same_search_resumes(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second search with the same measurement finds the saved distortions and runs no pass."""
     again = tmp_path / "again"
@@ -177,6 +190,8 @@ def test_bad_images(
         refused(monkeypatch, capsys, "run", searched, "--image", tmp_path / name, says=says)
     refused(monkeypatch, capsys, "run", searched, "--count", "0", says="test images")
     refused(monkeypatch, capsys, "run", searched, "--runtime", "plain", "--port", "5000", says="ports")
+    refused(monkeypatch, capsys, "run", searched, "--runtime", "plain", "--reveal", "label", says="--reveal")
+    refused(monkeypatch, capsys, "run", searched, "--reveal", "lable", says="logits, label")
 
 
 @pytest.mark.slow

@@ -224,6 +224,9 @@ def run(
         int | None, typer.Option(help="Without an image: so many test images. [default: 1]")
     ] = None,
     port: Annotated[int | None, typer.Option(help="First of the loopback ports of mpc.")] = None,
+    reveal: Annotated[
+        str | None, typer.Option(help="What mpc shows the client: logits, or only the label.")
+    ] = None,
     as_json: AsJson = False,
 ) -> Json:
     """Execute a bundle's network and show what it predicts and what it really cost."""
@@ -239,6 +242,8 @@ def run(
     runtime_type(runtime)
     if port is not None and runtime != "mpc":
         raise InputError("only the mpc runtime has ports", got=f"--port with --runtime {runtime}")
+    if reveal is not None and runtime != "mpc":
+        raise InputError("only the mpc runtime hides outputs", got=f"--reveal with --runtime {runtime}")
     if image is not None and count is not None:
         raise InputError("one image, or so many test images", got=f"--image {image} with --count {count}")
     if image is None and resize:
@@ -248,17 +253,18 @@ def run(
         x, labels = read_image(image, data, resize=resize).numpy(), None
     else:
         x, labels = pipeline.test_images(data, 1 if count is None else count)
-    config = {} if port is None else {"port": port}
+    config = {k: v for k, v in (("port", port), ("reveal", reveal)) if v is not None}
     outputs, expected, measured = pipeline.run(opened, x, runtime=runtime, config=config)
     got, want = outputs.argmax(-1), expected.argmax(-1)
-    error = float(np.abs(outputs - expected).max())
+    error = None if reveal == "label" else float(np.abs(outputs - expected).max())
     table = grid("Predictions", "image", "predicted", "plain", *(() if labels is None else ("label",)))
     for k in range(len(x)):
         row = [str(image or k), data.classes[got[k]], data.classes[want[k]]]
         table.add_row(*row, *(() if labels is None else (data.classes[labels[k]],)))
     view.table(table)
     same = int((got == want).sum())
-    view.say(f"same class as plain: {same} of {len(x)}; largest difference of an output: {error:.3g}")
+    difference = "" if error is None else f"; largest difference of an output: {error:.3g}"
+    view.say(f"same class as plain: {same} of {len(x)}{difference}")
     measurement(view, measured)
     return {
         "predictions": [data.classes[k] for k in got],

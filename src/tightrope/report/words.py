@@ -94,8 +94,11 @@ def _agreement(facts: Facts) -> Tile:
     if facts.run is None or not facts.secure or "same_class" not in facts.run:
         return Tile(name, formats.ABSENT, "tightrope run --runtime mpc", measured=False)
     same, batch = facts.run["same_class"], facts.run["batch"]
-    difference = formats.significant(facts.run["max_abs_error"], 2)
-    return Tile(name, f"{same} of {batch} images", f"same class; outputs differ by at most {difference}")
+    sub = "same class; the client saw the label only"
+    if "max_abs_error" in facts.run:
+        difference = formats.significant(facts.run["max_abs_error"], 2)
+        sub = f"same class; outputs differ by at most {difference}"
+    return Tile(name, f"{same} of {batch} images", sub)
 
 
 def _spent(facts: Facts) -> Tile:
