@@ -30,7 +30,7 @@ class Recipe:
     """
 
     epochs: float = 3
-    batch_size: int = 128
+    batch_size: int = 64
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-4

@@ -25,11 +25,10 @@ from tightrope.nn.block_relu import BlockReLU, Patch
 from tightrope.place import model_sha256, place
 from tightrope.program import Program, Relu
 from tightrope.shard import Shard
-from tightrope.types import Budget, Cost, Json, Problem, Site, Table, atomic_write, total
+from tightrope.types import ADDITIVE, Budget, Cost, Json, Problem, Site, Table, atomic_write, total
 
 Options = dict[str, list[Patch]]
 SINGLE = Shard()
-ADDITIVE = ("drelus", "online_bytes", "offline_bytes")  # what a budget may limit: sums over channels
 CHUNK = 4  # sites measured by the same passes: bounds memory, and is the unit of resuming
 
 
