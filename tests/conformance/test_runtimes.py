@@ -32,9 +32,11 @@ class Subject:
     predict: Callable[[Program, Op], Cost]
 
 
+SMALL = MPC(noise_bits=0, ring_bits=32, fraction_bits=11, weight_bits=11, margin=2.0)
 SUBJECTS = {
     "plain": Subject(Plain(), "execute", 0.0, lambda program, op: Plain().price(op)),
     "mpc simulate": Subject(MPC(noise_bits=0), "simulate", 2.0**-16, MPC().cost),
+    "mpc in 32 bits": Subject(SMALL, "simulate", 2.0**-6, SMALL.cost),
     "mpc execute": Subject(MPC(noise_bits=0), "execute", 2.0**-16, MPC().cost),
 }
 CASES = [

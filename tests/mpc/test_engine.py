@@ -48,16 +48,25 @@ class Recorder:
         return self.shares["client"][name] + self.shares["server"][name]
 
 
+RINGS = {
+    64: MPC(noise_bits=0),
+    32: MPC(noise_bits=0, ring_bits=32, fraction_bits=11, weight_bits=11, margin=2.0),
+}
+
+
+@pytest.mark.parametrize("ring_bits", RINGS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_step_equals_the_integer_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_equals_the_integer_model(
+    name: str, ring_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Linear maps and products exactly, truncations within one unit, gates with an input within one unit."""
     recorder = Recorder(monkeypatch)
-    program, x = network(name), images(8, seed=3)
-    schedule = compile_program(program, MPC(noise_bits=0))
-    with MPC(noise_bits=0).open(program, "simulate") as session:
+    program, x, config = network(name), images(8, seed=3), RINGS[ring_bits]
+    schedule = compile_program(program, config)
+    with config.open(program, "simulate") as session:
         session.run(x.numpy())
     values = {Program.INPUT: recorder.value(Program.INPUT)}
-    assert torch.equal(values[Program.INPUT], torch.round(x.double() * 2**22).long())
+    assert torch.equal(values[Program.INPUT], torch.round(x.double() * 2**config.fraction_bits).long())
     for step in schedule.steps:
         if not isinstance(step, oracle.Calculation):
             continue
@@ -67,7 +76,8 @@ def test_every_step_equals_the_integer_model(name: str, monkeypatch: pytest.Monk
             values.setdefault(step.output.name, want)  # a wire that only has a mask
             continue
         got = values[step.output.name] = recorder.value(step.output.name)
-        assert want.abs().max() > 1000  # else one unit would say nothing
+        assert got.dtype == (torch.int64 if ring_bits == 64 else torch.int32)
+        assert want.abs().max() > 100  # else one unit would say nothing
         if not isinstance(step, Truncate | Gate):
             assert torch.equal(got, want)
             continue
@@ -157,12 +167,13 @@ def received(team: LocalTeam) -> dict[str, list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("name", ["residual", "pools", "squeeze"])
+@pytest.mark.parametrize("ring_bits", RINGS)
 @pytest.mark.parametrize("value", [0.0, 1.5])
-def test_what_a_party_sees_is_uniform_whatever_the_input(name: str, value: float) -> None:
+def test_what_a_party_sees_is_uniform_whatever_the_input(name: str, value: float, ring_bits: int) -> None:
     """Chi-square over the bytes of all frames, weights and images constant; the dealer gets no frame."""
     program = network(name)
     constant = {k: np.full_like(v, value / 8) for k, v in program.tensors.items()}
-    team = LocalTeam(replace(program, tensors=constant), MPC(noise_bits=0), bytes(16))
+    team = LocalTeam(replace(program, tensors=constant), RINGS[ring_bits], bytes(16))
     seen = received(team)
     team.call("setup", 0)
     team.call("offline", 16)

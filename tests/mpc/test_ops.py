@@ -20,7 +20,7 @@ from tightrope.program import MaxPool2d, Program, Relu, Upsample
 from tightrope.runtimes.mpc import MPC, compile_program, costs, gates, oracle
 from tightrope.runtimes.mpc.fixed import bilinear_divisor, local, tensor
 from tightrope.runtimes.mpc.frame import HEADER_BYTES
-from tightrope.runtimes.mpc.prg import Stream
+from tightrope.runtimes.mpc.prg import WORDS, Stream
 from tightrope.runtimes.mpc.steps import Gate, Local, Piece, Product, RevealLabel, Wire
 from tightrope.runtimes.mpc.team import LocalTeam
 from tightrope.runtimes.mpc.tournament import Axis, comparisons, max_pool_stages
@@ -332,16 +332,17 @@ def test_labels_of_logits_near_the_limit_of_the_ring() -> None:
     assert (got.argmax(1) == evaluate(program, x).numpy().argmax(1)).all()
 
 
-@pytest.mark.parametrize("shift", [0, 5, 22, 32, 33, 40])
-def test_squares_are_exact_for_any_shift_and_mask(shift: int) -> None:
+@pytest.mark.parametrize("ring_bits, shift", [(64, s) for s in (0, 5, 22, 32, 33, 40)] + [(32, 0), (32, 11)])
+def test_squares_are_exact_for_any_shift_and_mask(ring_bits: int, shift: int) -> None:
     """b * x^2 from one opening: every combination of extreme values and masks, both halves of the wrap."""
-    values = [0, 1, -1, 2**22 - 1, -(2**22), 5 << 40, -(7 << 41) + 3, 2**61 - 1, 1 - 2**61]
-    masks = [0, 1, 2**22 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 2**22, 2**64 - 1]
-    pairs = [(v % 2**64, m) for v in values for m in masks]
-    z, r = np.array(pairs, np.uint64).T.copy()
+    top = 2 ** (ring_bits - 3)
+    values = [0, 1, -1, 2**11 - 1, -(2**22), top // 3, -(top // 5) + 3, top - 1, 1 - top]
+    masks = [0, 1, 2**22 - 1, 2 * top, 4 * top - 1, 4 * top, 8 * top - 2**22, 8 * top - 1]
+    pairs = [(v % 2**ring_bits, m) for v in values for m in masks]
+    z, r = np.array(pairs, WORDS[ring_bits]).T.copy()
     count = len(z)
     relu = Relu(name="", inputs=("",), shape=(1, 1, count), patches=((1, 1),))
-    wire = Wire("", relu.shape, 22 + shift, 1.0, 1.0, static=False)
+    wire = Wire("", relu.shape, 22 + shift, 1.0, 1.0, static=False, ring_bits=ring_bits)
     pieces = (Piece(0, square=3, linear=5, constant=7), Piece(9, square=-1, linear=-2))
     step = Gate(
         index=0, op="", kernel=relu, input=wire, output=wire, shift=shift, trim=shift, bits=20, pieces=pieces
@@ -349,7 +350,7 @@ def test_squares_are_exact_for_any_shift_and_mask(shift: int) -> None:
     for seed in range(4):
         stream = Stream(bytes([seed]) * 32)
         c, o = stream.bits(2 * count), stream.bits(2 * count)
-        share = stream.ring(count)
+        share = stream.ring(count, ring_bits)
         server = gates.share_gate(step, r, c, Stream(bytes(32)))
         drawn = Stream(bytes(32))
         client = {f.name: gates.draw(drawn, f, 1) for f in step.share_fields}
@@ -358,8 +359,8 @@ def test_squares_are_exact_for_any_shift_and_mask(shift: int) -> None:
             for party, part, held in ((0, share, client), (1, z - share, server))
         )
         x = tensor(z, (count,)) >> shift
-        low = np.uint64((1 << shift) - 1)
-        x = x + torch.from_numpy(((z & low) + (r & low) > low).astype(np.int64))
-        b = torch.from_numpy((c ^ o).astype(np.int64)).reshape(2, count)
+        low = (1 << shift) - 1
+        x = x + torch.from_numpy((z & low) + (r & low) > low)
+        b = torch.from_numpy(c ^ o).reshape(2, count)
         want = b[0] * (3 * x * x + 5 * x + 7) + b[1] * (-x * x - 2 * x)
         assert torch.equal(tensor(got, (count,)), want)

@@ -10,19 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_networks import NETWORKS, images, network
+from tightrope.errors import InputError
 from tightrope.program import AvgPool2d, Conv2d, Linear, Relu
 from tightrope.runtimes.mpc import MPC, compile_program, fss, gates, oracle
 from tightrope.runtimes.mpc.fixed import encode, local, multiply, pool_divisor, tensor, words
-from tightrope.runtimes.mpc.prg import Stream
+from tightrope.runtimes.mpc.prg import WORDS, Stream
 from tightrope.runtimes.mpc.steps import Gate, Local, Piece, Truncate, Wire, truncation_fields
 from tightrope.runtimes.plain import evaluate
 
 EDGES = [0, 1, -1, 2**22 - 1, 2**22, -(2**22), 5 * 2**22, 2**44 + 12345, 2**62 - 1, -(2**62), 1 - 2**62]
 MASKS = [0, 1, 2**22 - 1, 2**22, 2**62, 2**63 - 1, 2**63, 2**64 - 2**22, 2**64 - 1]
-
-
-def signed(x: int) -> int:
-    return (x + 2**63) % 2**64 - 2**63
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -32,12 +29,14 @@ def test_the_integer_model_is_close_to_float64(name: str) -> None:
     assert np.abs(model - evaluate(program, x).numpy()).max() < 2**-18
 
 
-def test_products_wrap_modulo_2_to_the_64() -> None:
+@pytest.mark.parametrize("ring_bits", [64, 32])
+def test_products_wrap_modulo_the_ring(ring_bits: int) -> None:
     stream = Stream(bytes(32))
     op = Linear(name="f", inputs=("x",), shape=(3,), in_features=4)
-    w, x = tensor(stream.ring((3, 4)), (3, 4)), tensor(stream.ring((2, 4)), (2, 4))
-    want = [[signed(sum(int(a) * int(b) for a, b in zip(u, v, strict=True))) for v in w] for u in x]
-    assert multiply(op, w, x).tolist() == want
+    w, x = (tensor(stream.ring(shape, ring_bits), shape) for shape in ((3, 4), (2, 4)))
+    half = 2 ** (ring_bits - 1)
+    exact = [[sum(int(a) * int(b) for a, b in zip(u, v, strict=True)) for v in w] for u in x]
+    assert multiply(op, w, x).tolist() == [[(v + half) % (2 * half) - half for v in row] for row in exact]
 
 
 @given(
@@ -65,6 +64,7 @@ def test_convolutions_equal_torch_in_floats(stride, dilation, kernel, padding, g
         in_channels=4,
     )
     assert torch.equal(multiply(op, w, x).double(), want)
+    assert torch.equal(multiply(op, w.int(), x.int()), want.int())
 
 
 @given(
@@ -93,21 +93,21 @@ def test_window_sums_over_the_divisor_equal_torch_averages(kernel, stride, fract
     assert torch.allclose(local(step, x).double() / pool_divisor(op, (3, 7, 6)), want, rtol=0, atol=1e-12)
 
 
-def truncate_step(count: int, shift: int) -> Truncate:
-    wire = Wire("z", (count,), 22 + shift, 1.0, 1.0, static=False)
+def truncate_step(count: int, shift: int, ring_bits: int = 64) -> Truncate:
+    wire = Wire("z", (count,), 22 + shift, 1.0, 1.0, static=False, ring_bits=ring_bits)
     return Truncate(index=0, op="z", input=wire, output=wire, shift=shift)
 
 
-def truncated(z: list[int], r: list[int], shift: int) -> list[int]:
+def truncated(z: list[int], r: list[int], shift: int, ring_bits: int = 64) -> list[int]:
     """By both parties, with random shares of everything the dealer shares."""
-    step = truncate_step(len(z), shift)
-    mask = np.array(r, np.uint64)
-    opened = np.array([v % 2**64 for v in z], np.uint64) + mask
+    step = truncate_step(len(z), shift, ring_bits)
+    mask = np.array(r, WORDS[ring_bits])
+    opened = np.array([v % 2**ring_bits for v in z], WORDS[ring_bits]) + mask
     server = gates.share_truncation(step, mask, Stream(bytes(32)))
     stream = Stream(bytes(32))
-    client = {f.name: gates.draw(stream, f, 1) for f in truncation_fields(len(z), shift)}
+    client = {f.name: gates.draw(stream, f, 1) for f in truncation_fields(step.input, len(z), shift)}
     shares = [gates.truncate(party, opened, held, shift) for party, held in ((0, client), (1, server))]
-    return [signed(int(v)) for v in shares[0] + shares[1]]
+    return tensor(shares[0] + shares[1], (len(z),)).tolist()
 
 
 @pytest.mark.parametrize("shift", [1, 3, 22, 32, 33, 40])
@@ -117,6 +117,19 @@ def test_truncation_is_exact_at_the_edges(shift: int) -> None:
     got = truncated([z for z, _ in pairs], [r for _, r in pairs], shift)
     low = (1 << shift) - 1
     assert got == [(z >> shift) + ((z & low) + (r & low) > low) for z, r in pairs]
+
+
+@pytest.mark.parametrize("shift", [1, 3, 10, 16, 20])
+def test_truncation_is_exact_in_the_small_ring(shift: int) -> None:
+    """At the edges, and for random values and masks."""
+    numbers = np.random.default_rng(shift)
+    edges = [0, 1, -1, 2**10 - 1, 2**20, -(2**20) + 77, 2**30 - 1, -(2**30), 1 - 2**30]
+    masks = [0, 1, 2**10 - 1, 2**30, 2**31 - 1, 2**31, 2**32 - 2**10, 2**32 - 1]
+    z = edges * len(masks) + numbers.integers(-(2**30), 2**30, 5000).tolist()
+    r = sorted(masks * len(edges)) + numbers.integers(0, 2**32, 5000).tolist()
+    low = (1 << shift) - 1
+    want = [(a >> shift) + ((a & low) + (b & low) > low) for a, b in zip(z, r, strict=True)]
+    assert truncated(z, r, shift, 32) == want
 
 
 @given(st.integers(-(2**62), 2**62 - 1), st.integers(0, 2**64 - 1), st.integers(1, 40))
@@ -186,3 +199,7 @@ def test_encoding_rounds_to_the_nearest() -> None:
     x = np.array([[1.0, -1.0, 0.3, 2.0**-23, -(2.0**-22)]])
     assert encode(x, 22).tolist() == [[2**22, -(2**22), round(0.3 * 2**22), 0, -1]]
     assert words(encode(x, 22))[0, 1] == 2**64 - 2**22
+    assert encode(x, 22, 32).tolist() == encode(x, 22).tolist()
+    assert words(encode(x, 22, 32))[0, 1] == 2**32 - 2**22
+    with pytest.raises(InputError, match="fit the ring"):
+        encode(np.array([256.0]), 22, 32)

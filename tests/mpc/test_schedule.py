@@ -195,7 +195,7 @@ def test_ranges_are_required_and_checked() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"ring_bits": 32},
+        {"ring_bits": 16},
         {"fraction_bits": 2},
         {"weight_bits": 40},
         {"margin": 0.5},

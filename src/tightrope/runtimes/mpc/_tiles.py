@@ -1,4 +1,6 @@
-"""Compiled element-wise loops of truncation and of the gates, on uint64 words that wrap modulo 2^64.
+"""Compiled element-wise loops of truncation and of the gates, on uint64 or uint32 words.
+
+They compute modulo 2^64; what is stored in a uint32 word is right modulo 2^32.
 
 Maps are (N, C, H, W). A gated channel g sits at channel `place[g]` of the opened maps, has patches of
 `patch[g]` = (rows, columns) and its tiles, row by row, from `first[g]` on. Branches depend
@@ -7,17 +9,19 @@ on public values only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.runtimes.mpc._halftree import U8, U64, compiled
+from tightrope.runtimes.mpc._halftree import U8, compiled
 
 I64 = NDArray[np.int64]
-HALVES = NDArray[np.uint32]
+Words = NDArray[Any]  # uint64 or uint32
 
 
 @compiled
-def tile_sums(x: U64, place: I64, patch: I64, first: I64, sums: U64) -> None:
+def tile_sums(x: Words, place: I64, patch: I64, first: I64, sums: Words) -> None:
     """sums[n, tile] = sum of the tile's elements; sums is zero on entry."""
     N, _, H, W = x.shape
     for n in range(N):
@@ -34,7 +38,7 @@ def tile_sums(x: U64, place: I64, patch: I64, first: I64, sums: U64) -> None:
 
 
 @compiled
-def spread(value: U64, choice: U8, place: I64, patch: I64, first: I64, out: U64) -> None:
+def spread(value: Words, choice: U8, place: I64, patch: I64, first: I64, out: Words) -> None:
     """out[n, g, h, w] = the value where the bit of its tile is 1, else 0."""
     N, _, H, W = value.shape
     for n in range(N):
@@ -49,33 +53,35 @@ def spread(value: U64, choice: U8, place: I64, patch: I64, first: I64, out: U64)
 
 
 @compiled
-def _public(opened: np.uint64, shift: int) -> tuple[np.uint64, np.uint64]:
+def _public(opened: np.uint64, shift: int, ring_bits: int) -> tuple[np.uint64, np.uint64]:
     """(U, k), public, of floor(z / 2^shift) (or + 1) = U - (r >> shift) + k * MSB(r), from opened = z + r.
 
-    With Z = z + 2^62 below 2^63: Z + r wraps exactly if MSB(r) = 1 and MSB(Z + r) = 0.
+    In the ring Z_2^64, with Z = z + 2^62 below 2^63: Z + r wraps exactly if MSB(r) = 1 and MSB(Z + r) = 0.
     """
     if shift == 0:
         return opened, np.uint64(0)
     s = np.uint64(shift)
-    offset = np.uint64(1 << 62)
-    Z = opened + offset
-    return (Z >> s) - (offset >> s), (np.uint64(1) - (Z >> np.uint64(63))) << np.uint64(64 - shift)
+    top = np.uint64(ring_bits - 1)
+    offset = np.uint64(1) << np.uint64(ring_bits - 2)
+    Z = (opened + offset) & (~np.uint64(0) >> np.uint64(64 - ring_bits))
+    return (Z >> s) - (offset >> s), (np.uint64(1) - (Z >> top)) << np.uint64(ring_bits - shift)
 
 
 @compiled
-def truncated(opened: U64, trunc: U64, wrap: U64 | HALVES, shift: int, party: int, out: U64) -> None:
+def truncated(opened: Words, trunc: Words, wrap: Words, shift: int, party: int, out: Words) -> None:
     """A party's share of the truncated value, from shares of r >> shift and MSB(r)."""
     own = np.uint64(party)
+    ring_bits = 8 * opened.itemsize
     for i in range(opened.shape[0]):
-        U, k = _public(opened[i], shift)
+        U, k = _public(np.uint64(opened[i]), shift, ring_bits)
         out[i] = own * U - trunc[i] + wrap[i] * k
 
 
 @compiled
 def selected(
-    opened: U64, x: U64, bit: U8, choice: U64, choice_trunc: U64, choice_wrap: U64 | HALVES, shift: int,
+    opened: Words, x: Words, bit: U8, choice: Words, choice_trunc: Words, choice_wrap: Words, shift: int,
     party: int, linear: np.uint64, constant: np.uint64, place: I64, patch: I64, first: I64, channel: I64,
-    out: U64,
+    out: Words,
 ) -> None:  # fmt: skip
     """Add a party's share of b * (linear * x + constant) to `out`, b = bit xor c.
 
@@ -84,6 +90,7 @@ def selected(
     """
     N, _, H, W = x.shape
     own = np.uint64(party)
+    ring_bits = 8 * opened.itemsize
     plain = linear == np.uint64(1) and constant == np.uint64(0)  # a ReLU needs no products
     for n in range(N):
         for g in range(place.shape[0]):
@@ -92,8 +99,8 @@ def selected(
             for h in range(H):
                 row = first[g] + (h // p) * columns
                 for w in range(W):
-                    c = choice[n, row + w // q]
-                    public, up = _public(opened[n, place[g], h, w], shift)
+                    c = np.uint64(choice[n, row + w // q])
+                    public, up = _public(np.uint64(opened[n, place[g], h, w]), shift, ring_bits)
                     product = public * c - choice_trunc[n, g, h, w] + choice_wrap[n, g, h, w] * up
                     if bit[n, row + w // q]:
                         product = x[n, place[g], h, w] - product
@@ -105,9 +112,9 @@ def selected(
 
 @compiled
 def selected_squares(
-    opened: U64, x: U64, bit: U8, choice: U64, wrap: U64 | HALVES, square: U64,
-    cross: U64 | HALVES, choice_trunc: U64, choice_wrap: U64 | HALVES, choice_square: U64,
-    choice_cross: U64 | HALVES, shift: int, party: int, factor: np.uint64, out: U64,
+    opened: Words, x: Words, bit: U8, choice: Words, wrap: Words, square: Words, cross: Words,
+    choice_trunc: Words, choice_wrap: Words, choice_square: Words, choice_cross: Words, shift: int,
+    party: int, factor: np.uint64, out: Words,
 ) -> None:  # fmt: skip
     """Add a party's share of factor * b * x^2 to `out`, every array flat (one bit per element).
 
@@ -115,9 +122,10 @@ def selected_squares(
     same times c.
     """
     own = np.uint64(party)
+    ring_bits = 8 * opened.itemsize
     for i in range(x.shape[0]):
-        U, k = _public(opened[i], shift)
-        c = choice[i]
+        U, k = _public(np.uint64(opened[i]), shift, ring_bits)
+        c = np.uint64(choice[i])
         product = U * c - choice_trunc[i] + choice_wrap[i] * k
         chosen = np.uint64(2) * U * product - U * U * c + choice_square[i]
         chosen += k * (k * choice_wrap[i] - np.uint64(2) * choice_cross[i])

@@ -33,7 +33,8 @@ def usual_wire(op: Op, shape: tuple[int, ...], config: MPC, *, static: bool | No
     layer = isinstance(op, HardSigmoid | HardSwish)
     scale = config.fraction_bits + (config.weight_bits if layer else 0)
     limit = TYPICAL_RANGE * config.margin
-    return Wire(Program.INPUT, shape, scale, 1.0, limit, static=layer if static is None else static)
+    static = layer if static is None else static
+    return Wire(Program.INPUT, shape, scale, 1.0, limit, static, config.ring_bits)
 
 
 def _shapes(op: Op) -> list[tuple[int, ...]]:

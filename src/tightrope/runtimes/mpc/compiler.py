@@ -12,10 +12,9 @@ from typing import Any
 
 from tightrope.errors import InputError
 from tightrope.program import Concat, Flatten, Op, Pad, Program, Relu, Upsample
-from tightrope.runtimes.mpc.config import MPC, RING_BITS
+from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.steps import Gate, Local, Open, Piece, Step, Truncate, Wire
 
-HEADROOM_BITS = RING_BITS - 2  # truncation needs |z| < 2^62
 SMALLEST_RANGE = 2.0**-10  # a value that calibration saw as all zero still gets some room
 SHAPING = (Concat, Flatten, Pad, Upsample)  # as many values as in the inputs, or fewer: open those instead
 
@@ -28,8 +27,15 @@ class Compiler:
         self.config = config
         self.steps: list[Step] = []
         name = Program.INPUT
+        self.headroom_bits = config.ring_bits - 2  # truncation needs |z| < 2^62 in the ring Z_2^64
         self.input = Wire(
-            name, program.input_shape, config.fraction_bits, 1.0, self.limit(name, name), static=False
+            name,
+            program.input_shape,
+            config.fraction_bits,
+            1.0,
+            self.limit(name, name),
+            static=False,
+            ring_bits=config.ring_bits,
         )
         self.check(self.input, name, "fraction_bits")
         self.wires: dict[str, Wire] = {name: self.input}
@@ -56,21 +62,22 @@ class Compiler:
 
     def result(self, op: Op, scale: int, mu: float, *, static: bool = False) -> Wire:
         """The wire of an op's result."""
-        return Wire(op.name, op.shape, scale, mu, self.limit(op.name, op.name), static)
+        limit = self.limit(op.name, op.name)
+        return Wire(op.name, op.shape, scale, mu, limit, static, self.config.ring_bits)
 
     def fits(self, wire: Wire) -> bool:
-        return wire.ring_limit < 2.0**HEADROOM_BITS
+        return wire.ring_limit < 2.0**self.headroom_bits
 
     def check(self, wire: Wire, op: str, setting: str = "weight_bits", share: int = 1) -> None:
         """Raise InputError if values of the wire could overflow. Its scale holds `setting` `share` times."""
         if not self.fits(wire):
-            spare = math.floor(math.log2(wire.ring_limit)) - HEADROOM_BITS + 1
+            spare = math.floor(math.log2(wire.ring_limit)) - self.headroom_bits + 1
             allowed = getattr(self.config, setting) - -(-spare // share)
             raise InputError(
                 "values of this op could overflow the ring",
                 where=op,
                 got=f"{wire.limit:.4g} (range times margin) at {wire.scale} fractional bits",
-                allowed=f"below 2^{HEADROOM_BITS} in all",
+                allowed=f"below 2^{self.headroom_bits} in all",
                 fix=f"MPC({setting}={allowed}) or a smaller margin",
             )
 

@@ -29,15 +29,16 @@ from tightrope.types import Cost, Json
 if TYPE_CHECKING:
     from tightrope.runtimes.mpc.session import MPCSession
 
-RING_BITS = 64
+RINGS = (64, 32)
 REVEALS = ("logits", "label")
 PORTS = 2  # consecutive ports that a session listens on: server, dealer
 
 
 @dataclass(frozen=True, kw_only=True)
 class MPC:
-    """Client, server and dealer over the ring Z_2^64 with fixed-point numbers.
+    """Client, server and dealer over the ring Z_2^ring_bits with fixed-point numbers.
 
+    ring_bits: 64, or 32 for half of the bytes and little precision (`widths.fit` finds what fits).
     fraction_bits: of activations; weight_bits: fractional bits of weights; a layer's result has both until
     it is truncated. margin: how far beyond its calibrated range a value may go before the ring or the
     comparison could overflow; input_margin: how far beyond its own an input may be, at most `margin`, else it
@@ -53,7 +54,7 @@ class MPC:
     Raises InputError for a value out of range.
     """
 
-    ring_bits: int = RING_BITS
+    ring_bits: int = 64
     fraction_bits: int = 22
     weight_bits: int = 22
     margin: float = 4.0
@@ -77,7 +78,6 @@ class MPC:
 
     def __post_init__(self) -> None:
         limits = {
-            "ring_bits": (RING_BITS, RING_BITS),
             "fraction_bits": (4, 28),
             "weight_bits": (4, 28),
             "margin": (1.0, 2.0**20),
@@ -93,6 +93,8 @@ class MPC:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise InputError(f"{key} is out of range", where="MPC", got=value, allowed=f"{low} to {high}")
+        if self.ring_bits not in RINGS:
+            raise InputError("no such ring", where="MPC", got=f"ring_bits={self.ring_bits}", allowed=RINGS)
         if self.reveal not in REVEALS:
             raise InputError("reveal is unknown", where="MPC", got=self.reveal, allowed=", ".join(REVEALS))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tightrope.program import Conv2d, Linear, Op, Program, Relu, base_cost
 from tightrope.runtimes.mpc.alone import RULED, TYPICAL_RANGE, by_rule, usual_wire
-from tightrope.runtimes.mpc.config import MPC, RING_BITS
+from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.frame import HEADER_BYTES
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
 from tightrope.runtimes.mpc.steps import (
@@ -139,7 +139,7 @@ def prices(program: Program, config: MPC) -> dict[str, Cost]:
     for op in program.ops:
         steps = ALONE.get(type(op), _nothing)(op, config)
         if isinstance(op, Conv2d | Linear):
-            source = _wire(program.shape(op.inputs[0]), config.fraction_bits)
+            source = _wire(program.shape(op.inputs[0]), config.fraction_bits, config)
             steps = tuple(replace(step, wire=source) if isinstance(step, Open) else step for step in steps)
             if op.inputs[0] in opened:
                 steps = tuple(step for step in steps if not isinstance(step, Open))
@@ -160,7 +160,7 @@ def prices(program: Program, config: MPC) -> dict[str, Cost]:
             static[op.name] = all(static[value] for value in op.inputs)
         found[op.name] = _price(op, steps)
     if program.output in found:
-        reveal = Reveal(index=0, op=program.output, wire=_wire(program.shape(program.output), 0))
+        reveal = Reveal(index=0, op=program.output, wire=_wire(program.shape(program.output), 0, config))
         revealed = sum(_payload(m) for exchange in reveal.online for m in exchange)
         found[program.output] += Cost(online_bytes=revealed, rounds=len(reveal.online))
     return found
@@ -185,8 +185,8 @@ def _nothing(op: Op, config: MPC) -> tuple[Step, ...]:
 
 
 def _layer_alone(op: Conv2d | Linear, config: MPC) -> tuple[Step, ...]:
-    source = _wire(_input_shape(op), config.fraction_bits)
-    result = _wire(op.shape, config.fraction_bits + config.weight_bits)
+    source = _wire(_input_shape(op), config.fraction_bits, config)
+    result = _wire(op.shape, config.fraction_bits + config.weight_bits, config)
     layer = Multiply(
         index=1, op=op.name, kernel=op, input=source, output=result, weight_bits=config.weight_bits
     )
@@ -194,8 +194,8 @@ def _layer_alone(op: Conv2d | Linear, config: MPC) -> tuple[Step, ...]:
 
 
 def _relu_alone(op: Relu, config: MPC) -> tuple[Step, ...]:
-    source = _wire(op.shape, config.fraction_bits + config.weight_bits)
-    result = _wire(op.shape, config.fraction_bits)
+    source = _wire(op.shape, config.fraction_bits + config.weight_bits, config)
+    result = _wire(op.shape, config.fraction_bits, config)
     shift = config.weight_bits
     if not op.drelus:
         return (Truncate(index=0, op=op.name, input=source, output=result, shift=shift),)
@@ -211,14 +211,14 @@ def _relu_alone(op: Relu, config: MPC) -> tuple[Step, ...]:
         output=result,
         shift=shift,
         trim=shift + config.trim_bits,
-        bits=min(max(bits - config.trim_bits, 2), RING_BITS - shift),
+        bits=min(max(bits - config.trim_bits, 2), config.ring_bits - shift),
         pieces=pieces,
     )
     return (gate,)
 
 
-def _wire(shape: tuple[int, ...], scale: int) -> Wire:
-    return Wire("", shape, scale, 1.0, TYPICAL_RANGE, static=True)
+def _wire(shape: tuple[int, ...], scale: int, config: MPC) -> Wire:
+    return Wire("", shape, scale, 1.0, TYPICAL_RANGE, static=True, ring_bits=config.ring_bits)
 
 
 def _input_shape(op: Conv2d | Linear) -> tuple[int, ...]:

@@ -24,13 +24,17 @@ def offline(party: Party, size: int) -> PhaseReport:
 
 
 def _weights(party: Party, step: Multiply, batch: Batch) -> None:
-    mask = party.streams["server"].open("weights", step.index, 0).ring(step.kernel.weight_shape)
+    mask = (
+        party.streams["server"]
+        .open("weights", step.index, 0)
+        .ring(step.kernel.weight_shape, party.config.ring_bits)
+    )
     party.weights[step.index] = tensor(mask, step.kernel.weight_shape)
 
 
 def _open(party: Party, step: Open, batch: Batch) -> None:
     shape = (batch.size, *step.wire.shape)
-    mask = party.streams["client"].open("mask", step.index, batch.counter).ring(shape)
+    mask = party.streams["client"].open("mask", step.index, batch.counter).ring(shape, party.config.ring_bits)
     batch.masks[step.wire.name] = tensor(mask, shape)
 
 
@@ -42,7 +46,8 @@ def _local(party: Party, step: Local, batch: Batch) -> None:
 def _multiply(party: Party, step: Multiply, batch: Batch) -> None:
     shape = (batch.size, *step.output.shape)
     product = multiply(step.kernel, party.weights[step.index], batch.masks[step.input.name])
-    product -= tensor(party.streams["server"].open("product", step.index, batch.counter).ring(shape), shape)
+    server = party.streams["server"].open("product", step.index, batch.counter)
+    product -= tensor(server.ring(shape, party.config.ring_bits), shape)
     party.send(step, step.offline[0], batch.size, {"product": words(product)})
 
 
@@ -50,7 +55,7 @@ def _truncate(party: Party, step: Truncate, batch: Batch) -> None:
     client = party.streams["client"].open("opening", step.index, batch.counter)
     server = party.streams["server"].open("opening", step.index, batch.counter)
     size = batch.size * step.input.size
-    r = client.ring(size) + server.ring(size)
+    r = client.ring(size, party.config.ring_bits) + server.ring(size, party.config.ring_bits)
     party.send(step, step.offline[0], batch.size, gates.share_truncation(step, r, client))
 
 
@@ -60,10 +65,10 @@ def _product(party: Party, step: Product, batch: Batch) -> None:
 
     def mask(wire: Wire) -> Tensor:
         shape = (batch.size, *wire.shape)
-        return tensor(client.ring(shape) + server.ring(shape), shape)
+        return tensor(client.ring(shape, wire.ring_bits) + server.ring(shape, wire.ring_bits), shape)
 
     a, b = mask(step.left), mask(step.right)
-    share = words(a * b).reshape(-1) - client.ring(batch.size * step.output.size)
+    share = words(a * b).reshape(-1) - client.ring(batch.size * step.output.size, step.output.ring_bits)
     party.send(step, step.offline[0], batch.size, {"product": share})
 
 
@@ -72,7 +77,7 @@ def _gate(party: Party, step: Gate, batch: Batch) -> None:
     server = party.streams["server"].open("opening", step.index, batch.counter)
     own = party.streams["dealer"].open("opening", step.index, batch.counter)
     size, comparisons = batch.size * step.opened_size, batch.size * step.drelus
-    r = client.ring(size) + server.ring(size)
+    r = client.ring(size, party.config.ring_bits) + server.ring(size, party.config.ring_bits)
     c = own.bits(comparisons)
     shares = gates.share_gate(step, r, c, client)
     bit0 = client.bits(comparisons)

@@ -1,6 +1,6 @@
-"""Fixed-point arithmetic in Z_2^64: int64 tensors whose additions and products wrap modulo 2^64.
+"""Fixed-point arithmetic in Z_2^64 and Z_2^32: int64 or int32 tensors whose sums and products wrap.
 
-torch's integer convolution and matmul are exact modulo 2^64 and the fastest measured on a CPU.
+torch's integer convolution and matmul are exact in these rings and the fastest measured on a CPU.
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ from tightrope.program import (
     Relu,
     Upsample,
 )
+from tightrope.runtimes.mpc.prg import WORDS
 from tightrope.runtimes.mpc.steps import Local, Multiply, RevealLabel, Wire
 from tightrope.runtimes.mpc.tournament import Difference, Winners
 
+INTEGERS = {64: np.int64, 32: np.int32}
 
-def encode(x: NDArray[Any], scale: int) -> Tensor:
-    """Real -> nearest multiple of 2^-scale, as int64. Raises InputError where that is 2^62 or more."""
+
+def encode(x: NDArray[Any], scale: int, ring_bits: int = 64) -> Tensor:
+    """Real -> nearest multiple of 2^-scale, int64 or int32; InputError where that is 2^(ring_bits - 2)."""
     scaled = np.rint(np.asarray(x, np.float64) * 2.0**scale)
-    if not (np.abs(scaled) < 2.0**62).all():
+    if not (np.abs(scaled) < 2.0 ** (ring_bits - 2)).all():
         raise InputError(
             "a number does not fit the ring",
             got=f"{float(np.abs(x).max()):.4g} at {scale} fractional bits",
-            allowed=f"below {2.0 ** (62 - scale):.4g}",
+            allowed=f"below {2.0 ** (ring_bits - 2 - scale):.4g}",
             fix="fewer fraction_bits or weight_bits",
         )
-    return torch.from_numpy(scaled.astype(np.int64))
+    return torch.from_numpy(scaled.astype(INTEGERS[ring_bits]))
 
 
 def decode(ring: Tensor, wire: Wire) -> NDArray[np.float64]:
@@ -60,32 +63,36 @@ def label(step: RevealLabel, low: Tensor) -> NDArray[np.float64]:
     return one_hot
 
 
-def words(x: Tensor) -> NDArray[np.uint64]:
+def words(x: Tensor) -> NDArray[Any]:
     """The same bits as unsigned numpy words, contiguous."""
-    unsigned: NDArray[np.uint64] = np.ascontiguousarray(x.numpy()).view(np.uint64)
+    signed = np.ascontiguousarray(x.numpy())
+    unsigned: NDArray[Any] = signed.view(WORDS[8 * signed.itemsize])
     return unsigned
 
 
-def tensor(x: NDArray[np.uint64], shape: tuple[int, ...]) -> Tensor:
-    """The same bits as an int64 tensor (no copy)."""
-    return torch.from_numpy(x.view(np.int64).reshape(shape))
+def tensor(x: NDArray[Any], shape: tuple[int, ...]) -> Tensor:
+    """The same bits as a tensor of signed integers (no copy)."""
+    return torch.from_numpy(x.view(INTEGERS[8 * x.itemsize]).reshape(shape))
 
 
 def encode_weights(step: Multiply, tensors: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
     """(weight, bias) of a layer in the ring: the input's multiplier goes into the weight."""
-    name = step.kernel.name
+    name, ring_bits = step.kernel.name, step.output.ring_bits
+    scaled = np.asarray(tensors[f"{name}.weight"], np.float64) * step.input.mu
     try:
-        weight = encode(np.asarray(tensors[f"{name}.weight"], np.float64) * step.input.mu, step.weight_bits)
-        bias = encode(tensors[f"{name}.bias"], step.output.scale)
+        weight = encode(scaled, step.weight_bits, ring_bits)
+        bias = encode(tensors[f"{name}.bias"], step.output.scale, ring_bits)
     except InputError as error:
         raise InputError(f"weights of {name}: {error}") from error
     return weight, per_channel(bias, step.output.shape)
 
 
 def multiply(op: Conv2d | Linear, weight: Tensor, x: Tensor) -> Tensor:
-    """The linear layer without bias on (N, *input shape), modulo 2^64."""
+    """The linear layer without bias on (N, *input shape), in the ring."""
     if isinstance(op, Linear):
         return x @ weight.T
+    if op.dilation != (1, 1) and x.dtype != torch.int64:  # torch dilates no other integers
+        return multiply(op, weight.long(), x.long()).to(x.dtype)
     return F.conv2d(F.pad(x, op.padding), weight, None, op.stride, 0, op.dilation, op.groups)
 
 
@@ -141,7 +148,7 @@ def _interpolated(x: Tensor, dim: int, factor: int) -> Tensor:
     """
     length, parts = x.shape[dim], _resolution(factor)
     place = (2 * torch.arange(length * factor) + 1 - factor).clamp(min=0) * parts // (2 * factor)
-    low, weight = place // parts, (place % parts).reshape(-1, *(1,) * (-1 - dim))
+    low, weight = place // parts, (place % parts).reshape(-1, *(1,) * (-1 - dim)).to(x.dtype)
     high = (low + 1).clamp(max=length - 1)
     return x.index_select(dim, low) * (parts - weight) + x.index_select(dim, high) * weight
 
@@ -180,7 +187,7 @@ LOCAL: dict[type[Op], Callable[..., Tensor]] = {
     Add: lambda op, x, y: x + y,
     Concat: lambda op, *xs: torch.cat(xs, 1),
     AvgPool2d: _window_sums,
-    GlobalAvgPool: lambda op, x: x.sum((2, 3), keepdim=True),
+    GlobalAvgPool: lambda op, x: x.sum((2, 3), keepdim=True, dtype=x.dtype),
     Flatten: lambda op, x: x.flatten(1),
     Pad: lambda op, x: F.pad(x, op.padding),
     Upsample: _upsample,

@@ -18,7 +18,7 @@ from tightrope.program import Relu
 from tightrope.runtimes.mpc import _tiles as kernels
 from tightrope.runtimes.mpc import fss
 from tightrope.runtimes.mpc._halftree import U8, U64
-from tightrope.runtimes.mpc._tiles import I64
+from tightrope.runtimes.mpc._tiles import I64, Words
 from tightrope.runtimes.mpc.prg import Stream
 from tightrope.runtimes.mpc.steps import Field, Gate, Piece, Truncate, Wire, truncation_fields
 
@@ -57,45 +57,43 @@ def draw(stream: Stream, field: Field, batch: int) -> NDArray[Any]:
     if field.unit == "bit":
         return stream.bits(count)
     if field.unit == "half":
-        out = np.empty(4 * count, np.uint8)
-        stream.fill(out)
-        return out.view(np.uint32)
+        return stream.ring(count, 32)
     return stream.ring(count)
 
 
-def share_truncation(step: Truncate, r: U64, client: Stream) -> Shares:
+def share_truncation(step: Truncate, r: Words, client: Stream) -> Shares:
     """The server's shares of r >> shift and MSB(r); the client's come from `client`."""
-    trunc, wrap = truncation_fields(step.input.size, step.shift)
+    trunc, wrap = truncation_fields(step.input, step.input.size, step.shift)
     batch = r.size // step.input.size
     return {
-        "trunc": (r >> np.uint64(step.shift)) - draw(client, trunc, batch),
-        "wrap": _minus(r >> np.uint64(63), draw(client, wrap, batch)),
+        "trunc": _minus(r >> step.shift, draw(client, trunc, batch)),
+        "wrap": _minus(r >> (step.input.ring_bits - 1), draw(client, wrap, batch)),
     }
 
 
-def _minus(secret: U64, share: NDArray[Any]) -> NDArray[Any]:
+def _minus(secret: NDArray[Any], share: NDArray[Any]) -> NDArray[Any]:
     """secret - share modulo 2^32 or 2^64, as the share's type says."""
     difference: NDArray[Any] = secret.astype(share.dtype) - share
     return difference
 
 
-def share_gate(step: Gate, r: U64, c: U8, client: Stream) -> Shares:
+def share_gate(step: Gate, r: Words, c: U8, client: Stream) -> Shares:
     """The server's shares of everything in `step.share_fields` but the comparison's bit.
 
-    r: uint64[N * opened_size] masks of the opening; c: uint8[pieces * N * tiles] masks of the bits.
+    r: N * opened_size masks of the opening; c: uint8[pieces * N * tiles] masks of the bits.
     The client's parts are drawn from `client`, in the order of the fields.
     """
     at = layout(step)
     _, H, W = step.map_shape
     N = r.size // step.opened_size
     K = len(step.pieces)
-    value = {"trunc": r >> np.uint64(step.shift), "wrap": r >> np.uint64(63)}
+    value = {"trunc": r >> step.shift, "wrap": r >> (step.input.ring_bits - 1)}
     if step.squares:
         value |= {"square": value["trunc"] * value["trunc"], "cross": value["trunc"] * value["wrap"]}
     choices = c.reshape(K, N, step.tiles)
 
-    def product(name: str) -> U64:
-        out = np.empty((K, N, len(step.gated), H, W), np.uint64)
+    def product(name: str) -> Words:
+        out = np.empty((K, N, len(step.gated), H, W), r.dtype)
         maps = value[name].reshape(N, len(step.opened), H, W)
         for k in range(K):
             kernels.spread(maps, choices[k], at.place, at.patch, at.first, out[k])
@@ -105,27 +103,27 @@ def share_gate(step: Gate, r: U64, c: U8, client: Stream) -> Shares:
     for field in step.share_fields[:-1]:
         name = field.name.removeprefix("choice_")
         secret = c if field.name == "choice" else value[name] if name == field.name else product(name)
-        shares[field.name] = _minus(secret.astype(np.uint64, copy=False), draw(client, field, N))
+        shares[field.name] = _minus(secret, draw(client, field, N))
     return shares
 
 
-def tile_sums(step: Gate, x: U64) -> U64:
-    """Sums over the tiles of opened maps (uint64[N * opened_size]) modulo 2^64, uint64[N, tiles]."""
+def tile_sums(step: Gate, x: Words) -> Words:
+    """Sums over the tiles of opened maps (N * opened_size elements) in the ring, [N, tiles]."""
     at = layout(step)
     _, H, W = step.map_shape
     maps = x.reshape(-1, len(step.opened), H, W)
-    sums = np.zeros((len(maps), step.tiles), np.uint64)
+    sums = np.zeros((len(maps), step.tiles), x.dtype)
     kernels.tile_sums(maps, at.place, at.patch, at.first, sums)
     return sums
 
 
-def mask_points(step: Gate, r: U64) -> U64:
+def mask_points(step: Gate, r: Words) -> U64:
     """The masks of the comparisons, r_P >> trim, per piece and tile: uint64[pieces * N * tiles]."""
-    sums = tile_sums(step, r) >> np.uint64(step.trim)
+    sums = (tile_sums(step, r) >> step.trim).astype(np.uint64)
     return np.tile(sums.reshape(-1), len(step.pieces))
 
 
-def compared_points(step: Gate, opened: U64) -> U64:
+def compared_points(step: Gate, opened: Words) -> U64:
     """The public side of the comparisons [sum > threshold * elements], as `mask_points`.
 
     One unit of the compared value (2^trim) is subtracted for the strict comparison: the subtraction of two
@@ -136,20 +134,21 @@ def compared_points(step: Gate, opened: U64) -> U64:
     elements = layout(step).elements
     parts = []
     for piece in step.pieces:
-        limit = np.array([(piece.threshold * int(k) + (1 << step.trim)) % 2**64 for k in elements], np.uint64)
-        parts.append(((sums - limit) >> np.uint64(step.trim)).reshape(-1))
+        limits = [piece.threshold * int(k) + (1 << step.trim) for k in elements]
+        limit = np.array([v % 2**step.input.ring_bits for v in limits], sums.dtype)
+        parts.append(((sums - limit) >> step.trim).astype(np.uint64).reshape(-1))
     return np.concatenate(parts)
 
 
-def truncate(party: int, opened: U64, shares: Shares, shift: int) -> U64:
-    """A party's share of the truncated value, uint64 like `opened` (flat)."""
+def truncate(party: int, opened: Words, shares: Shares, shift: int) -> Words:
+    """A party's share of the truncated value, like `opened` (flat)."""
     out = np.empty_like(opened)
     kernels.truncated(opened, shares["trunc"], shares["wrap"], shift, party, out)
     return out
 
 
-def select(party: int, step: Gate, opened: U64, z: U64, shares: Shares, bits: U8) -> U64:
-    """A party's share of the gated maps, uint64[N, C, H, W].
+def select(party: int, step: Gate, opened: Words, z: Words, shares: Shares, bits: U8) -> Words:
+    """A party's share of the gated maps, (N, C, H, W).
 
     opened: z + r of the opened channels; z: the party's share of the whole input (N, C, H, W); bits: the
     opened b xor c, uint8[pieces * N * tiles].
@@ -162,7 +161,7 @@ def select(party: int, step: Gate, opened: U64, z: U64, shares: Shares, bits: U8
         x = truncate(party, opened, shares, step.shift).reshape(maps.shape)
     else:
         x = np.ascontiguousarray(z[:, list(step.opened)])
-    out = np.zeros((N, C, H, W), np.uint64)
+    out = np.zeros((N, C, H, W), z.dtype)
     identity = [c for c in range(C) if step.kernel.patches[c] == (0, 0)]
     out[:, identity] = x[:, identity] if step.shift else z[:, identity]
     grid = (K, N, len(step.gated), H, W)
@@ -182,7 +181,7 @@ def select(party: int, step: Gate, opened: U64, z: U64, shares: Shares, bits: U8
 
 
 def _add_squares(
-    party: int, step: Gate, k: int, opened: U64, x: U64, shares: Shares, bits: U8, out: U64
+    party: int, step: Gate, k: int, opened: Words, x: Words, shares: Shares, bits: U8, out: Words
 ) -> None:
     """Add the square term of piece k. There all channels are gated and each element has its own bit."""
 
@@ -203,7 +202,7 @@ def _add_squares(
     )  # fmt: skip
 
 
-def evaluate_bits(party: int, step: Gate, opened: U64, root: U64, shares: Shares, threads: int) -> U8:
+def evaluate_bits(party: int, step: Gate, opened: Words, root: U64, shares: Shares, threads: int) -> U8:
     """A party's shares of (b xor c) for every comparison, with the key in `shares`: words, bit, hash_key."""
     points = compared_points(step, opened)
     key_words = shares["words"].reshape(-1, points.size, 2)
@@ -211,16 +210,16 @@ def evaluate_bits(party: int, step: Gate, opened: U64, root: U64, shares: Shares
     return fss.evaluate(party, points, step.bits, root, key_words, shares["bit"], key, threads=threads)
 
 
-def load_kernels() -> None:
+def load_kernels(ring_bits: int) -> None:
     """Run every compiled loop once on a gate of one element, so that no batch waits for the compiler."""
     relu = Relu(name="", inputs=("",), shape=(1, 1, 1), patches=((1, 1),))
-    wire = Wire("", relu.shape, 44, 1.0, 1.0, static=False)
+    wire = Wire("", relu.shape, 20, 1.0, 1.0, static=False, ring_bits=ring_bits)
     step = Gate(
-        index=0, op="", kernel=relu, input=wire, output=wire, shift=22, trim=22, bits=20,
+        index=0, op="", kernel=relu, input=wire, output=wire, shift=10, trim=10, bits=20,
         pieces=(Piece(), Piece(square=1)),
     )  # fmt: skip
     stream = Stream(bytes(32))  # a fixed key: nothing secret is here
-    r = stream.ring(1)
+    r = stream.ring(1, ring_bits)
     bits = np.zeros(2, np.uint8)
     roots = stream.blocks(2)
     shares = share_gate(step, r, bits, stream)

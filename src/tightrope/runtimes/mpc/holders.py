@@ -19,6 +19,7 @@ from torch import Tensor
 from tightrope.program import Program
 from tightrope.runtimes.mpc import gates
 from tightrope.runtimes.mpc._halftree import U64
+from tightrope.runtimes.mpc._tiles import Words
 from tightrope.runtimes.mpc.fixed import (
     decode,
     encode,
@@ -32,6 +33,7 @@ from tightrope.runtimes.mpc.fixed import (
 from tightrope.runtimes.mpc.gates import CLIENT, SERVER
 from tightrope.runtimes.mpc.keys import Role
 from tightrope.runtimes.mpc.party import Arrays, Batch, Party, PhaseReport
+from tightrope.runtimes.mpc.prg import WORDS
 from tightrope.runtimes.mpc.steps import (
     Field,
     Gate,
@@ -57,8 +59,8 @@ class Opening:
     """One-time material of an opening: the party's part of r, the client's part of z + r if that went ahead,
     what the dealer shared, and for a gate the roots of the comparison keys."""
 
-    mask: U64
-    ahead: U64 | None
+    mask: Words
+    ahead: Words | None
     shares: Arrays
     roots: U64
 
@@ -81,8 +83,8 @@ def online(
     party.clock.reset()
     source = party.schedule.input
     shape = (batch.size, *source.shape)
-    zero = tensor(np.zeros(shape, np.uint64), shape)
-    batch.wires[Program.INPUT] = zero if x is None else encode(x, source.scale)
+    known = np.zeros(shape) if x is None else x
+    batch.wires[Program.INPUT] = encode(known, source.scale, source.ring_bits)
     report = party.play(ONLINE[party.role], batch, online=True)
     return batch.result, report
 
@@ -100,14 +102,21 @@ def _client_setup(party: Party, step: Multiply, batch: Batch) -> None:
 
 def _server_setup(party: Party, step: Multiply, batch: Batch) -> None:
     weight, bias = encode_weights(step, party.program.tensors)
-    mask = party.streams["dealer"].open("weights", step.index, 0).ring(step.kernel.weight_shape)
+    mask = (
+        party.streams["dealer"]
+        .open("weights", step.index, 0)
+        .ring(step.kernel.weight_shape, party.config.ring_bits)
+    )
     party.send(step, step.setup[0], batch.size, {"weights": words(weight) - mask})
     party.weights[step.index], party.biases[step.index] = weight, bias
 
 
 def _client_mask(party: Party, step: Open, batch: Batch) -> None:
     shape = (batch.size, *step.wire.shape)
-    mask = tensor(party.streams["dealer"].open("mask", step.index, batch.counter).ring(shape), shape)
+    mask = tensor(
+        party.streams["dealer"].open("mask", step.index, batch.counter).ring(shape, party.config.ring_bits),
+        shape,
+    )
     batch.masks[step.wire.name] = batch.material[step.index] = mask
 
 
@@ -119,7 +128,12 @@ def _client_product(party: Party, step: Multiply, batch: Batch) -> None:
 
 def _server_product(party: Party, step: Multiply, batch: Batch) -> None:
     shape = (batch.size, *step.output.shape)
-    share = tensor(party.streams["dealer"].open("product", step.index, batch.counter).ring(shape), shape)
+    share = tensor(
+        party.streams["dealer"]
+        .open("product", step.index, batch.counter)
+        .ring(shape, party.config.ring_bits),
+        shape,
+    )
     batch.material[step.index] = share.add_(party.biases[step.index])
 
 
@@ -144,7 +158,7 @@ def _local(step: Local, batch: Batch) -> None:
     values[step.output.name] = local(step, *(values[w.name] for w in step.inputs))
 
 
-def _part(step: Truncate | Gate, share: Tensor) -> U64:
+def _part(step: Truncate | Gate, share: Tensor) -> Words:
     """The elements of a share that the step opens, flat."""
     if isinstance(step, Truncate):
         return words(share).reshape(-1)
@@ -155,7 +169,7 @@ def _part(step: Truncate | Gate, share: Tensor) -> U64:
 def _client_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
     stream = party.streams["dealer"].open("opening", step.index, batch.counter)
     size, fields, comparisons = _opening_shape(step)
-    mask = stream.ring(batch.size * size)
+    mask = stream.ring(batch.size * size, party.config.ring_bits)
     shares = {f.name: gates.draw(stream, f, batch.size) for f in fields}
     roots = stream.blocks(batch.size * comparisons)
     key = _message(party, step.offline, "dealer")
@@ -172,7 +186,7 @@ def _client_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
 def _server_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
     stream = party.streams["dealer"].open("opening", step.index, batch.counter)
     size, _, comparisons = _opening_shape(step)
-    mask = stream.ring(batch.size * size)
+    mask = stream.ring(batch.size * size, party.config.ring_bits)
     roots = stream.blocks(batch.size * comparisons)
     message = _message(party, step.offline, "dealer")
     shares = {} if message is None else party.receive(step, message, batch.size)
@@ -185,7 +199,7 @@ def _opening_shape(step: Truncate | Gate) -> tuple[int, tuple[Field, ...], int]:
     """(elements opened, fields that the dealer shares, comparisons), per sample."""
     if isinstance(step, Gate):
         return step.opened_size, step.share_fields, step.drelus
-    return step.input.size, truncation_fields(step.input.size, step.shift), 0
+    return step.input.size, truncation_fields(step.input, step.input.size, step.shift), 0
 
 
 def _client_open(party: Party, step: Open, batch: Batch) -> None:
@@ -204,7 +218,7 @@ def _server_multiply(party: Party, step: Multiply, batch: Batch) -> None:
     batch.wires[step.output.name] = share.add_(batch.material.pop(step.index))
 
 
-def _masked_opening(party: Party, step: Truncate | Gate, batch: Batch, opening: Opening) -> U64:
+def _masked_opening(party: Party, step: Truncate | Gate, batch: Batch, opening: Opening) -> Words:
     """z + r, flat: send the own part and add the peer's, unless the client's went ahead."""
     to_peer = _message(party, step.online[0], party.role)
     from_peer = _message(party, step.online[0], PEER[party.role])
@@ -243,8 +257,10 @@ def _gate(party: Party, step: Gate, batch: Batch) -> None:
 
 def _client_factors(party: Party, step: Product, batch: Batch) -> None:
     stream = party.streams["dealer"].open("opening", step.index, batch.counter)
-    masks = {name: stream.ring(batch.size * wire.size) for name, wire in _factors(step).items()}
-    product = stream.ring(batch.size * step.output.size)
+    masks = {
+        name: stream.ring(batch.size * wire.size, wire.ring_bits) for name, wire in _factors(step).items()
+    }
+    product = stream.ring(batch.size * step.output.size, step.output.ring_bits)
     batch.material[step.index] = masks | {"product": product}
     message = _message(party, step.offline, "client")
     if message is not None:
@@ -254,7 +270,9 @@ def _client_factors(party: Party, step: Product, batch: Batch) -> None:
 
 def _server_factors(party: Party, step: Product, batch: Batch) -> None:
     stream = party.streams["dealer"].open("opening", step.index, batch.counter)
-    masks = {name: stream.ring(batch.size * wire.size) for name, wire in _factors(step).items()}
+    masks = {
+        name: stream.ring(batch.size * wire.size, wire.ring_bits) for name, wire in _factors(step).items()
+    }
     message = _message(party, step.offline, "dealer")
     assert message is not None  # a product always has material
     material = masks | party.receive(step, message, batch.size)
@@ -286,7 +304,7 @@ def _product(party: Party, step: Product, batch: Batch) -> None:
     if from_peer is not None:
         theirs |= party.receive(step, from_peer, batch.size)
 
-    def shaped(name: str, value: U64) -> Tensor:
+    def shaped(name: str, value: Words) -> Tensor:
         return tensor(value, (batch.size, *_factors(step)[name].shape))
 
     E, F = (shaped(name, own[name] + theirs[name]) for name in own)
@@ -310,7 +328,7 @@ def _client_label(party: Party, step: RevealLabel, batch: Batch) -> None:
 
 def _server_label(party: Party, step: RevealLabel, batch: Batch) -> None:
     """No more than the low bits of the share may leave: the others would reveal the largest value."""
-    low = words(batch.wires[step.wire.name]).reshape(-1) % np.uint64(1 << step.bits)
+    low = words(batch.wires[step.wire.name]).reshape(-1) % (1 << step.bits)
     party.send(step, step.online[0][0], batch.size, {"label": low.astype(np.uint32)})
 
 
@@ -321,13 +339,15 @@ def _server_reveal(party: Party, step: Reveal, batch: Batch) -> None:
     party.send(step, step.online[0][0], batch.size, {"result": share})
 
 
-def _noise(party: Party, step: Reveal, batch: Batch, shape: tuple[int, ...]) -> U64:
+def _noise(party: Party, step: Reveal, batch: Batch, shape: tuple[int, ...]) -> Words:
     """Uniform in [-2^-noise_bits, 2^-noise_bits), in units of the revealed wire."""
     stream = party.streams[party.role].open("noise", step.index, batch.counter)
     bits = max(0, step.wire.scale - party.config.noise_bits - math.ceil(math.log2(step.wire.mu))) + 1
-    if bits > 62:  # nothing that the ring could hold
-        return np.zeros(shape, np.uint64)
-    return (stream.ring(shape) >> np.uint64(64 - bits)) - np.uint64(1 << (bits - 1))
+    ring_bits = step.wire.ring_bits
+    if bits > ring_bits - 2:  # nothing that the ring could hold
+        return np.zeros(shape, WORDS[ring_bits])
+    noise: U64 = (stream.ring(shape) >> np.uint64(64 - bits)) - np.uint64(1 << (bits - 1))
+    return noise.astype(WORDS[ring_bits])
 
 
 Handlers = dict[type[Step], Callable[..., None]]

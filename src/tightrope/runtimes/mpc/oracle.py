@@ -65,7 +65,7 @@ def gate(step: Gate, z: Tensor, *, carry: int = 0, unit: bool = False) -> Tensor
 
 def _local(step: Local, program: Program, *inputs: Tensor) -> Tensor:
     result = local(step, *inputs)
-    return result + torch.tensor(step.constant) if step.constant else result
+    return result + torch.tensor(step.constant, dtype=result.dtype) if step.constant else result
 
 
 def _multiply(step: Multiply, program: Program, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def evaluate(
 
     `seen(step, z)` is called before every calculation with its first input.
     """
-    wires = {schedule.input.name: encode(x, schedule.input.scale)}
+    wires = {schedule.input.name: encode(x, schedule.input.scale, schedule.input.ring_bits)}
     for step in schedule.steps:
         if isinstance(step, Calculation):  # a map of masks is a map of values too
             inputs = [wires[w.name] for w in sources(step)]

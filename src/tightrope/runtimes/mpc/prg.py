@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -22,6 +23,7 @@ from tightrope.errors import ProtocolError
 U8 = NDArray[np.uint8]
 U64 = NDArray[np.uint64]
 
+WORDS = {64: np.uint64, 32: np.uint32}  # elements of the rings
 SEED_BYTES = 32
 SESSION_BYTES = 16
 CHUNK_BYTES = 1 << 18  # zeros encrypted per call: large enough to hide the call, small enough for the cache
@@ -34,16 +36,16 @@ class Stream:
         self._aes = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
         self._zeros = memoryview(bytes(CHUNK_BYTES))
 
-    def fill(self, out: U8 | U64) -> None:
+    def fill(self, out: NDArray[Any]) -> None:
         """Overwrite a contiguous array with the next out.nbytes bytes of the keystream, without copies."""
         target = out.reshape(-1).view(np.uint8).data
         for start in range(0, len(target), CHUNK_BYTES):
             part = target[start : start + CHUNK_BYTES]
             self._aes.update_into(self._zeros[: len(part)], part)
 
-    def ring(self, shape: int | Sequence[int]) -> U64:
-        """Uniform elements of Z_2^64, uint64[shape]."""
-        out = np.empty(shape, np.uint64)
+    def ring(self, shape: int | Sequence[int], bits: int = 64) -> NDArray[Any]:
+        """Uniform elements of Z_2^bits, uint64[shape] or uint32[shape]."""
+        out = np.empty(shape, WORDS[bits])
         self.fill(out)
         return out
 

@@ -1,6 +1,6 @@
 """What the parties do, step by step, and every message they send: public, the same for all three.
 
-A wire is a value that client and server hold as additive shares in Z_2^64; what it stands for is
+A wire is a value that client and server hold as additive shares in Z_2^ring_bits; what it stands for is
 ring * 2^-scale * mu. A wire X that was opened to the server has a mask: the client and the dealer hold the
 one-time A, the server X - A. Public linear maps of wires apply to their masks just the same.
 """
@@ -20,6 +20,7 @@ Phase = Literal["setup", "offline", "online"]
 Unit = Literal["byte", "block", "word", "half", "bit"]
 UNIT_BITS: dict[Unit, int] = {"byte": 8, "block": 128, "word": 64, "half": 32, "bit": 1}
 HALF_BITS = UNIT_BITS["half"]
+ELEMENTS: dict[int, Unit] = {64: "word", 32: "half"}  # of the rings
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Wire:
     mu: float
     limit: float
     static: bool
+    ring_bits: int = 64
+
+    @property
+    def unit(self) -> Unit:
+        """What one element takes."""
+        return ELEMENTS[self.ring_bits]
 
     @property
     def size(self) -> int:
@@ -136,7 +143,7 @@ class Open(Step):
 
     @property
     def online(self) -> tuple[tuple[Message, ...], ...]:
-        opened = Field("opened", "word", self.wire.size)
+        opened = Field("opened", self.wire.unit, self.wire.size)
         return ((Message("online", Tag.OPENED, "client", "server", (opened,)),),)
 
 
@@ -154,12 +161,12 @@ class Multiply(Step):
 
     @property
     def setup(self) -> tuple[Message, ...]:
-        weights = Field("weights", "word", math.prod(self.kernel.weight_shape), fixed=True)
+        weights = Field("weights", self.output.unit, math.prod(self.kernel.weight_shape), fixed=True)
         return (Message("setup", Tag.WEIGHTS, "server", "client", (weights,)),)
 
     @property
     def offline(self) -> tuple[Message, ...]:
-        product = Field("product", "word", self.output.size)
+        product = Field("product", self.output.unit, self.output.size)
         return (Message("offline", Tag.PRODUCT, "dealer", "client", (product,)),)
 
 
@@ -171,10 +178,10 @@ def exchange(tag: Tag, field: Field) -> tuple[Message, Message]:
     )
 
 
-def masked_opening(static: bool, size: int) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+def masked_opening(wire: Wire, size: int) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     """(offline, online) messages that open z + r: a static share of the client's goes ahead of time."""
-    to_server, to_client = exchange(Tag.MASKED, Field("masked", "word", size))
-    if static:
+    to_server, to_client = exchange(Tag.MASKED, Field("masked", wire.unit, size))
+    if wire.static:
         return (replace(to_server, phase="offline"),), (to_client,)
     return (), (to_server, to_client)
 
@@ -189,13 +196,13 @@ class Truncate(Step):
 
     @property
     def offline(self) -> tuple[Message, ...]:
-        opening, _ = masked_opening(self.input.static, self.input.size)
-        shares = truncation_fields(self.input.size, self.shift)
+        opening, _ = masked_opening(self.input, self.input.size)
+        shares = truncation_fields(self.input, self.input.size, self.shift)
         return (Message("offline", Tag.MATERIAL, "dealer", "server", shares), *opening)
 
     @property
     def online(self) -> tuple[tuple[Message, ...], ...]:
-        return (masked_opening(self.input.static, self.input.size)[1],)
+        return (masked_opening(self.input, self.input.size)[1],)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +214,10 @@ class Product(Step):
     output: Wire
 
     def _openings(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-        fields = {name: Field(name, "word", getattr(self, name).size) for name in ("left", "right")}
+        fields = {
+            name: Field(name, wire.unit, wire.size)
+            for name, wire in (("left", self.left), ("right", self.right))
+        }
         static = tuple(f for name, f in fields.items() if getattr(self, name).static)
         fresh = tuple(f for name, f in fields.items() if not getattr(self, name).static)
         ahead = (Message("offline", Tag.MASKED, "client", "server", static),) if static else ()
@@ -217,7 +227,7 @@ class Product(Step):
 
     @property
     def offline(self) -> tuple[Message, ...]:
-        product = Field("product", "word", self.output.size)
+        product = Field("product", self.output.unit, self.output.size)
         return (Message("offline", Tag.MATERIAL, "dealer", "server", (product,)), *self._openings()[0])
 
     @property
@@ -226,13 +236,13 @@ class Product(Step):
 
 
 def wrap_unit(shift: int) -> Unit:
-    """The wrap bit counts in multiples of 2^(64 - shift), so its shares need `shift` bits only."""
+    """The wrap bit counts in multiples of 2^(ring_bits - shift), so its shares need `shift` bits only."""
     return "half" if shift <= HALF_BITS else "word"
 
 
-def truncation_fields(size: int, shift: int) -> tuple[Field, ...]:
+def truncation_fields(wire: Wire, size: int, shift: int) -> tuple[Field, ...]:
     """Shares of r >> shift and of MSB(r) for `size` elements; nothing where nothing is dropped (u = r)."""
-    return (Field("trunc", "word", size), Field("wrap", wrap_unit(shift), size)) if shift else ()
+    return (Field("trunc", wire.unit, size), Field("wrap", wrap_unit(shift), size)) if shift else ()
 
 
 @dataclass(frozen=True)
@@ -312,19 +322,20 @@ class Gate(Step):
         t = r, of which both have a share, and no w is needed. Last, the constant bit of the comparison key.
         """
         products = self.gated_size * len(self.pieces)
-        half = wrap_unit(self.shift)
-        fields = [Field("choice_trunc", "word", products), Field("choice", "word", self.drelus)]
+        word, half = self.input.unit, wrap_unit(self.shift)
+        fields = [Field("choice_trunc", word, products), Field("choice", word, self.drelus)]
         if self.shift:
-            fields += [*truncation_fields(self.opened_size, self.shift), Field("choice_wrap", half, products)]
+            fields += truncation_fields(self.input, self.opened_size, self.shift)
+            fields += [Field("choice_wrap", half, products)]
         if self.squares:
-            fields += [Field("square", "word", self.gated_size), Field("choice_square", "word", products)]
+            fields += [Field("square", word, self.gated_size), Field("choice_square", word, products)]
             if self.shift:
                 fields += [Field("cross", half, self.gated_size), Field("choice_cross", half, products)]
         return (*fields, Field("bit", "bit", self.drelus))
 
     @property
     def offline(self) -> tuple[Message, ...]:
-        opening, _ = masked_opening(self.input.static, self.opened_size)
+        opening, _ = masked_opening(self.input, self.opened_size)
         return (
             Message("offline", Tag.MATERIAL, "dealer", "client", self.key_fields),
             Message("offline", Tag.MATERIAL, "dealer", "server", self.key_fields + self.share_fields),
@@ -334,7 +345,7 @@ class Gate(Step):
     @property
     def online(self) -> tuple[tuple[Message, ...], ...]:
         bits = exchange(Tag.BITS, Field("bits", "bit", self.drelus))
-        return (masked_opening(self.input.static, self.opened_size)[1], bits)
+        return (masked_opening(self.input, self.opened_size)[1], bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +356,7 @@ class Reveal(Step):
 
     @property
     def online(self) -> tuple[tuple[Message, ...], ...]:
-        result = Field("result", "word", self.wire.size)
+        result = Field("result", self.wire.unit, self.wire.size)
         return ((Message("online", Tag.RESULT, "server", "client", (result,)),),)
 
 
