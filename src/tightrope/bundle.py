@@ -59,6 +59,7 @@ DERIVED = (
 HEAD_FORM = {
     "model?": str, "num_classes?": int, "in_channels?": int, "data?": str, "root?": (str, NoneType),
     "image_size?": (int, NoneType), "runtime?": str, "versions?": {str: str},
+    "pricing?": {"network?": str, "profile?": {"host?": dict}},
 }  # fmt: skip
 _SPENT = {f"{metric}?": Amount for metric in METRICS}
 MEASUREMENTS_FORM = [

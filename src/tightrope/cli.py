@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import typer
 
 from tightrope import __version__
+from tightrope.arguments import AsJson, BudgetText, BundleDir, Network, Out, Overwrite, Profile
 from tightrope.errors import InputError, TightropeError
 from tightrope.recipe import Recipe
-from tightrope.view import View, accuracies, grid, measurement, percent, plan_summary
+from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted
 
 if TYPE_CHECKING:
     from tightrope.bundle import Bundle
@@ -31,20 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-BundleDir = Annotated[Path, typer.Argument(help="Directory of the bundle.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 DEMO_EPOCHS = 4
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory of the bundle to write.")]
-BudgetText = Annotated[
-    str,
-    typer.Option("--budget", "-b", help="e.g. 'drelus<=12%', that is 'drelus<=0.12x', or 'drelus<=4500'."),
-]
-
-
-Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace a bundle that holds a fine-tuned network or measurements."),
-]
 RECIPE = Recipe()
 Json = dict[str, Any]
 Verb = TypeVar("Verb", bound=Callable[..., Json | None])
@@ -110,6 +98,8 @@ def search(
     max_pool: Annotated[str, typer.Option(help="keep, or avg: average-pools instead.")] = "keep",
     relu6: Annotated[str, typer.Option(help="keep (two comparisons), or relu.")] = "keep",
     runtime: Annotated[str, typer.Option(help="Whose costs price the options.")] = "mpc",
+    network: Network = None,
+    profile: Profile = None,
     seed: int = 0,
     devices: Annotated[int, typer.Option(help="Processes (or GPUs) per machine that share the images.")] = 1,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
@@ -131,8 +121,8 @@ def search(
     with view.progress() as progress:
         bundle = pipeline.search(
             model=model, data=data, budget=budget, out=out, method=method, config=config, weights=weights,
-            root=root, image_size=image_size, runtime=runtime, overwrite=overwrite, progress=progress,
-            warn=view.warn, shard=shard,
+            root=root, image_size=image_size, runtime=runtime, pricing=pipeline.prices_for(network, profile),
+            overwrite=overwrite, progress=progress, warn=view.warn, shard=shard,
         )  # fmt: skip
     return _chosen(view, bundle) if shard.first else None
 
@@ -227,6 +217,11 @@ def run(
     reveal: Annotated[
         str | None, typer.Option(help="What mpc shows the client: logits, or only the label.")
     ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Run nothing: predict what --count images together will cost.")
+    ] = False,
+    network: Network = None,
+    profile: Profile = None,
     as_json: AsJson = False,
 ) -> Json:
     """Execute a bundle's network and show what it predicts and what it really cost."""
@@ -246,6 +241,15 @@ def run(
         raise InputError("only the mpc runtime hides outputs", got=f"--reveal with --runtime {runtime}")
     if image is not None and count is not None:
         raise InputError("one image, or so many test images", got=f"--image {image} with --count {count}")
+    if (network or profile) and not estimate:
+        raise InputError("only --estimate knows other networks and machines", got="--network or --profile")
+    config = {k: v for k, v in (("port", port), ("reveal", reveal)) if v is not None}
+    if estimate:
+        prices, batch = pipeline.prices_for(network, profile), 1 if count is None else count
+        found, settings = pipeline.estimate(
+            opened, runtime=runtime, batch=batch, config=config, pricing=prices
+        )
+        return predicted(view, found, settings, batch)
     if image is None and resize:
         raise InputError("--resize is for an image of your own", got="--resize without --image")
     data = opened.data()
@@ -253,7 +257,6 @@ def run(
         x, labels = read_image(image, data, resize=resize).numpy(), None
     else:
         x, labels = pipeline.test_images(data, 1 if count is None else count)
-    config = {k: v for k, v in (("port", port), ("reveal", reveal)) if v is not None}
     outputs, expected, measured = pipeline.run(opened, x, runtime=runtime, config=config)
     got, want = outputs.argmax(-1), expected.argmax(-1)
     error = None if reveal == "label" else float(np.abs(outputs - expected).max())
@@ -290,12 +293,29 @@ def curve(
     with view.progress() as progress:
         rows = pipeline.curve(Bundle.open(bundle), points=points, limit=limit, progress=progress)
     names = ("tightrope", "per_layer", "uniform", "random", "layers")
-    table = grid("Validation accuracy before training", "budget", *names)
+    table = grid("Validation accuracy before training, and DReLUs", "budget", *names)
     for row in rows:
-        found = row["accuracy"]
-        table.add_row(f"{row['share']:.1%}", *(percent(found[n]) if n in found else "" for n in names))
+        table.add_row(f"{row['share']:.1%}", *(control(row, name) for name in names))
     view.table(table)
     return {"curve": rows}
+
+
+@verb()
+def calibrate(
+    runtime: Annotated[str, typer.Option(help="Which runtime to measure.")] = "mpc",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")] = Path("profile.json"),
+    as_json: AsJson = False,
+) -> Json:
+    """Measure what this machine takes per unit of work: search and run --estimate predict times from it."""
+    from tightrope.bundle import write_json
+    from tightrope.runtimes import runtime_type
+
+    view = View(as_json)
+    with view.progress() as progress:
+        found = runtime_type(runtime)().calibrate(progress)
+    write_json(out, found)
+    view.say(f"wrote {out}: search --profile {out}, run --estimate --profile {out}")
+    return {"profile": str(out)}
 
 
 @verb()

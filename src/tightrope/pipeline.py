@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,24 @@ from torch import nn
 from tightrope import data as datasets
 from tightrope import models
 from tightrope.bundle import DISTORTION, Bundle, write_json
+from tightrope.choose import CALIBRATION, Chooser, exact_cost, freeze
 from tightrope.data import Data
-from tightrope.errors import InputError
+from tightrope.errors import BundleError, InputError, TraceError
 from tightrope.evaluate import chance
 from tightrope.finetune import Recipe, accuracy, finetune, recalibrate
+from tightrope.forms import parse
 from tightrope.graph import trace
 from tightrope.lock import check_unlocked, locked
-from tightrope.lower import lower
 from tightrope.methods import Method, method_type
 from tightrope.place import model_sha256, place
-from tightrope.program import Program
 from tightrope.rewrite import apply, method_of
-from tightrope.runtimes import Runtime, runtime_type
-from tightrope.runtimes.plain import ranges
+from tightrope.runtimes import Estimate, Pricing, Runtime, runtime_type
 from tightrope.shard import Shard, launch
-from tightrope.solve.select import Selection, price, select
-from tightrope.types import Budget, Cost, Json, Measurement, Plan, Problem
+from tightrope.solve.select import cheapest, price, select
+from tightrope.types import Budget, Cost, Json, Limit, Measurement, Problem
 
 Progress = Callable[[str, int, int], None]
 SINGLE = Shard()
-CALIBRATION = 512  # images behind the value ranges of a Program
 
 
 def quiet(what: str, done: int, of: int) -> None:
@@ -59,6 +57,7 @@ def search(
     root: Path | None = None,
     image_size: int | None = None,
     runtime: str = "mpc",
+    pricing: Mapping[str, Json] | None = None,
     overwrite: bool = False,
     progress: Progress = quiet,
     warn: Callable[[str], object] = warnings.warn,
@@ -66,6 +65,7 @@ def search(
 ) -> Bundle:
     """Measure every option of `model` on training images, solve for `budget`, write a bundle at `out`.
 
+    `pricing`: settings of the runtime's prices, for mpc its `network` and `profile`.
     Interrupted, the same call goes on where it stopped. A bundle with a fine-tuned network or measurements
     is replaced only with `overwrite`. `warn` hears of a network that classifies no better than chance.
     Raises a TightropeError before anything is written when the budget, the model or the data cannot be used.
@@ -73,23 +73,30 @@ def search(
     limits = Budget.parse(budget)
     Bundle.check_target(out, overwrite=overwrite)
     chosen: Method = method_type(method)(**(config or {}))
-    cost: Runtime = runtime_type(runtime)()
+    cost: Pricing = runtime_type(runtime)().pricing(**(pricing or {}))
     images = datasets.load(data, root=root, image_size=image_size)
     classes, channels = len(images.classes), images.input_shape[0]
     net = models.resolve(model, num_classes=classes, in_channels=channels, weights=weights)
     graph = trace(net, images.input_shape)
     if shard.first:
         _warn_of_chance(net, images, warn)
+    chooser = Chooser(chosen, cost, limits, lambda: (graph, images))
+    unchanged: list[Cost | None] = []
+
+    def feasible(unmeasured: Problem) -> None:
+        unchanged.append(chooser.unchanged(unmeasured))
+        chooser.check(chooser.anchored(unmeasured, unchanged[0]))
+
     problem = chosen.measure(
         graph,
         images,
         cost=cost,
         workdir=out / DISTORTION,
         progress=progress,
-        feasible=lambda unmeasured: select(unmeasured, limits),
+        feasible=feasible,
         shard=shard,
     )
-    selection = select(problem, limits)
+    problem = chooser.anchored(problem, unchanged[0])
     about = {
         "model": models.located(model),
         "num_classes": classes,
@@ -98,12 +105,14 @@ def search(
         "root": None if root is None else os.path.abspath(root),
         "image_size": image_size,
         "runtime": runtime,
+        "pricing": dict(cost.settings),
     }
     if shard.first:
+        sha256 = model_sha256(graph.module)
+        plan = chooser.plan(problem, model, sha256, images.input_shape, exact=True)
         bundle = Bundle.create(out, about, net, overwrite=overwrite)
         problem.save(out / "problem.npz")
-        sha256 = model_sha256(graph.module)
-        bundle.save_plan(_plan(chosen, problem, limits, selection, model, sha256, images.input_shape))
+        bundle.save_plan(plan)
     shard.barrier()
     return Bundle(out)
 
@@ -118,66 +127,77 @@ def _warn_of_chance(net: nn.Module, images: Data, warn: Callable[[str], object])
 
 
 def solve(source: Bundle, budget: str, out: Path, *, overwrite: bool = False) -> Bundle:
-    """Solve the saved problem of `source` for another budget; the network is not touched.
+    """Solve the saved problem of `source` for another budget.
 
-    `out` may be a bundle with a fine-tuned network or measurements only with `overwrite`.
+    Only a budget in a quantity whose prices do not add up exactly (bytes, milliseconds) touches network and
+    data, to count exact costs. `out` may be a bundle with a fine-tuned network or measurements only with
+    `overwrite`.
     """
     limits = Budget.parse(budget)
     if out.resolve() == source.path.resolve():
         raise InputError("solve needs a bundle of its own", where=str(out), fix="another --out")
     Bundle.check_target(out, overwrite=overwrite)
-    problem, old = source.problem(), source.plan()
-    selection = select(problem, limits)
+    problem, old, base = source.problem(), source.plan(), source.base()
     about = {k: v for k, v in source.about.items() if k not in ("schema", "versions")}
-    bundle = Bundle.create(out, about, source.base(), overwrite=overwrite)
+    chooser = Chooser(
+        method_of(old), pricing_of(source), limits, lambda: (trace(base, old.input_shape), source.data())
+    )
+    plan = chooser.plan(problem, old.base, old.base_sha256, old.input_shape, exact=False)
+    bundle = Bundle.create(out, about, base, overwrite=overwrite)
     problem.save(out / "problem.npz")
-    plan = _plan(method_of(old), problem, limits, selection, old.base, old.base_sha256, old.input_shape)
     bundle.save_plan(plan)
     return bundle
 
 
-def _plan(
-    method: Method,
-    problem: Problem,
-    budget: Budget,
-    selection: Selection,
-    base: str,
-    base_sha256: str,
-    input_shape: tuple[int, ...],
-) -> Plan:
-    """Costs of a plan are what its options are priced in: rounds, say, do not add up over options."""
-    prepared = problem.meta.get("prepared", {})
-    priced = {metric for table in problem.tables for metric in table.cost}
-
-    def additive(cost: Cost) -> Cost:
-        return Cost(**{metric: getattr(cost, metric) for metric in priced})
-
-    return Plan(
-        method=method.name,
-        config=problem.meta["config"],
-        budget=str(budget),
-        choices=method.choices(problem, selection.picked),
-        predicted=additive(selection.cost),
-        baseline=additive(problem.baseline),
-        loss=selection.loss,
-        bound=selection.bound,
-        base=base,
-        base_sha256=base_sha256,
-        input_shape=input_shape,
-        notes=tuple(f"{site}: replaced by {how['replace']}" for site, how in prepared.items()),
-    )
+def prices_for(network: str | None, profile: Path | None) -> dict[str, Json]:
+    """Settings for `Runtime.pricing` from what a user names. Raises InputError for a profile that is none."""
+    found: dict[str, Json] = {} if network is None else {"network": network}
+    if profile is not None:
+        try:
+            found["profile"] = parse(profile.read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                "cannot read the profile", where=str(profile), got=error, fix="tightrope calibrate"
+            ) from error
+    return found
 
 
-def freeze(model: nn.Module, data: Data) -> Program:
-    """Lower the network and record its value ranges on training images."""
-    program = lower(model, data.input_shape)
-    return ranges(program, (x for x, _ in data.batches("train", 128, shuffle=True, limit=CALIBRATION)))
+def estimate(
+    bundle: Bundle,
+    *,
+    runtime: str,
+    batch: int,
+    config: Mapping[str, Json] | None = None,
+    pricing: Mapping[str, Json] | None = None,
+) -> tuple[Estimate, Mapping[str, Json]]:
+    """What a run of the frozen network will cost, and the settings of that prediction.
+
+    Settings that `pricing` leaves out are those that the bundle's options were priced with.
+    """
+    if batch < 1:
+        raise InputError("a batch needs at least one image", got=batch)
+    about = bundle.about
+    settings = about.get("pricing", {}) if about.get("runtime") == runtime else {}
+    cost: Pricing = runtime_type(runtime)(**(config or {})).pricing(**{**settings, **(pricing or {})})
+    return cost.estimate(bundle.program(weights=False), batch), cost.settings
+
+
+def pricing_of(bundle: Bundle) -> Pricing:
+    """What the options of a bundle were priced with."""
+    about = bundle.about
+    try:
+        found: Pricing = runtime_type(about.get("runtime", "mpc"))().pricing(**about.get("pricing", {}))
+    except TypeError as error:
+        where = str(bundle.path / "bundle.json")
+        raise BundleError("a file of the bundle is damaged", where=where, got=error) from error
+    return found
 
 
 def apply_plan(bundle: Bundle) -> nn.Module:
     """Rewrite the base by the plan, without any training, and freeze it.
 
-    Raises InputError where that would overwrite a fine-tuned network.
+    Raises InputError where that would overwrite a fine-tuned network, and where values of the network do not
+    fit the runtime that prices it.
     """
     if (bundle.path / "accuracy.json").exists():
         raise InputError(
@@ -187,7 +207,10 @@ def apply_plan(bundle: Bundle) -> nn.Module:
         )
     with locked(bundle.path):
         model = apply(bundle.base(), bundle.plan())
-        bundle.save_model(model, freeze(model, bundle.data()))
+        program = freeze(model, bundle.data())
+        with suppress(TraceError):  # an op that the runtime does not have: another one may run it
+            exact_cost(pricing_of(bundle), program)
+        bundle.save_model(model, program)
     return model
 
 
@@ -311,9 +334,10 @@ def curve(
         recalibrate(module, data.batches("train", 128, shuffle=True, limit=CALIBRATION))
         return float(accuracy(module, data, "validation", limit=limit))
 
+    least = cheapest(problem, metric) / getattr(problem.baseline, metric)  # bytes, say, that no choice saves
     rows: list[dict[str, Json]] = []
-    for k, share in enumerate(np.geomspace(0.02, 1.0, points)):
-        budget = Budget.parse(f"{metric}<={share * 100:.6g}%")
+    for k, share in enumerate(np.geomspace(max(0.02, least * (1 + 1e-9)), 1.0, points)):
+        budget = Budget((Limit(metric, float(share), relative=True),))
         best = select(problem, budget)
         entry: dict[str, Json] = {
             "share": float(share),

@@ -54,7 +54,12 @@ class Cost:
 
 
 METRICS: tuple[str, ...] = tuple(f.name for f in fields(Cost))
-ADDITIVE = ("drelus", "online_bytes", "offline_bytes")  # sums over the choices: what a budget may limit
+ADDITIVE = (
+    "drelus",
+    "online_bytes",
+    "offline_bytes",
+    "online_ms",
+)  # sums over the choices: what a budget may limit
 COST_FORM: dict[Any, Any] = {f"{metric}?": float for metric in METRICS}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from tightrope.bundle import Bundle
-    from tightrope.types import Measurement
+    from tightrope.runtimes import Estimate
+    from tightrope.types import Cost, Measurement
 
 PARTS = 4  # lines per stage where there is no terminal
 
@@ -80,6 +81,7 @@ def grid(title: str, *columns: str) -> Table:
 def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     """Show a bundle's plan; what it says as JSON."""
     from tightrope.decisions import decisions
+    from tightrope.types import Budget
 
     plan, problem = bundle.plan(), bundle.problem()
     table = grid("Plan", "site", "shape", "DReLUs", "kept", "share", "distinct patches")
@@ -90,15 +92,20 @@ def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     view.table(table)
     for note in plan.notes:
         view.say(f"  {note}")
+    metric = Budget.parse(plan.budget).limits[0].metric
+    if metric != "drelus":
+        spent, before = getattr(plan.predicted, metric), getattr(plan.baseline, metric)
+        view.say(f"predicted {metric.replace('_', ' ')}: {spent:,.6g} of {before:,.6g}")
     view.say(
         f"budget {plan.budget}: {plan.predicted.drelus:,.0f} of {plan.baseline.drelus:,.0f} DReLUs; "
         f"predicted loss {plan.loss:.4g}, proved within {plan.gap:.3%} of the optimum"
     )
     if "spearman" in problem.meta:
+        meta = problem.meta
         view.say(
-            f"fast against exact distortion: Spearman {problem.meta['spearman']:.4f} over "
-            f"{problem.meta['verified']} random options; {problem.meta['passes']} network passes "
-            f"instead of {problem.meta['exact_passes']:,}"
+            f"fast against exact distortion: Spearman {meta['spearman']:.4f}, after rescaling "
+            f"{meta['spearman_repaired']:.4f}, over {meta['verified']} random options; {meta['passes']} "
+            f"network passes instead of {meta['exact_passes']:,}"
         )
     return {
         "bundle": str(bundle.path),
@@ -109,8 +116,28 @@ def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
         "bound": plan.bound,
         "gap": plan.gap,
         "spearman": problem.meta.get("spearman"),
+        "spearman_repaired": problem.meta.get("spearman_repaired"),
         "notes": list(plan.notes),
     }
+
+
+def control(row: Mapping[str, Any], name: str) -> str:
+    """A cell of the curve: accuracy and the DReLUs really kept; nothing where it was not measured."""
+    if name not in row["accuracy"]:
+        return ""
+    cost = row["cost"] if name == "tightrope" else row[name]
+    return f"{percent(row['accuracy'][name])} {cost.get('drelus', 0):>9,.0f}"
+
+
+def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """Show what a run will cost, op by op; the same as JSON."""
+    network = settings.get("network", "none")
+    table = _costs(f"Predicted: batch of {batch}, network {network}", found.ops.items(), found.total)
+    view.table(table)
+    if host := settings.get("profile", {}).get("host"):
+        view.say("times measured on: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in host.items()))
+    ops = [{"op": name} | cost.as_dict() for name, cost in found.ops.items()]
+    return {"batch": batch, "network": network, "ops": ops, "total": found.total.as_dict()}
 
 
 def accuracies(view: View, result: Mapping[str, float]) -> None:
@@ -125,22 +152,21 @@ def accuracies(view: View, result: Mapping[str, float]) -> None:
 
 def measurement(view: View, measured: Measurement) -> None:
     """Show what a run cost, op by op."""
-    table = grid(
-        f"Measured: {measured.runtime}, batch of {measured.batch}",
-        "op", "DReLUs", "online bytes", "offline bytes", "rounds", "online ms",
-    )  # fmt: skip
-    for trace in measured.ops:
-        c = trace.cost
-        numbers = (c.drelus, c.online_bytes, c.offline_bytes, c.rounds)
-        if any(numbers) or c.online_ms >= 0.05:
-            shown = ("" if not v else f"{v:,.0f}" for v in numbers)
-            table.add_row(trace.op, *shown, f"{c.online_ms:,.1f}")
-    t = measured.total
-    totals = (t.drelus, t.online_bytes, t.offline_bytes, t.rounds)
-    table.add_row("total", *(f"{v:,.0f}" for v in totals), f"{t.online_ms:,.1f}", style="bold")
-    view.table(table)
+    title, t = f"Measured: {measured.runtime}, batch of {measured.batch}", measured.total
+    view.table(_costs(title, ((trace.op, trace.cost) for trace in measured.ops), t))
     for title, links in (("online", measured.links), ("offline", measured.offline_links)):
         if links:
             view.say(f"{title}: " + ", ".join(f"{link} {n:,} bytes" for link, n in links.items()))
     if t.offline_ms:
         view.say(f"offline phase: {t.offline_ms:,.0f} ms")
+
+
+def _costs(title: str, ops: Iterable[tuple[str, Cost]], whole: Cost) -> Table:
+    table = grid(title, "op", "DReLUs", "online bytes", "offline bytes", "rounds", "online ms")
+    for op, c in ops:
+        numbers = (c.drelus, c.online_bytes, c.offline_bytes, c.rounds)
+        if any(numbers) or c.online_ms >= 0.05:
+            table.add_row(op, *("" if not v else f"{v:,.0f}" for v in numbers), f"{c.online_ms:,.1f}")
+    totals = (whole.drelus, whole.online_bytes, whole.offline_bytes, whole.rounds)
+    table.add_row("total", *(f"{v:,.0f}" for v in totals), f"{whole.online_ms:,.1f}", style="bold")
+    return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from small_networks import NETWORKS, images, network
 from tightrope.errors import InputError, TraceError
 from tightrope.lower import lower
-from tightrope.program import OPS, Op, Program
+from tightrope.program import OPS, Program
 from tightrope.runtimes.mpc import MPC, costs
 from tightrope.runtimes.plain import Plain, evaluate, ranges
-from tightrope.types import Cost
+from tightrope.types import Cost, total
 
 BATCH = 5
 
@@ -29,15 +29,19 @@ class Subject:
     runtime: Any
     mode: Literal["simulate", "execute"]
     tolerance: float
-    predict: Callable[[Program, Op], Cost]
+    predict: Callable[[Program], Mapping[str, Cost]]
+
+
+def counted(config: MPC) -> Callable[[Program], Mapping[str, Cost]]:
+    return lambda program: costs(program, config).ops
 
 
 SMALL = MPC(noise_bits=0, ring_bits=32, fraction_bits=11, weight_bits=11, margin=2.0)
 SUBJECTS = {
-    "plain": Subject(Plain(), "execute", 0.0, lambda program, op: Plain().price(op)),
-    "mpc simulate": Subject(MPC(noise_bits=0), "simulate", 2.0**-16, MPC().cost),
-    "mpc in 32 bits": Subject(SMALL, "simulate", 2.0**-6, SMALL.cost),
-    "mpc execute": Subject(MPC(noise_bits=0), "execute", 2.0**-16, MPC().cost),
+    "plain": Subject(Plain(), "execute", 0.0, Plain().prices),
+    "mpc simulate": Subject(MPC(noise_bits=0), "simulate", 2.0**-16, counted(MPC())),
+    "mpc in 32 bits": Subject(SMALL, "simulate", 2.0**-6, counted(SMALL)),
+    "mpc execute": Subject(MPC(noise_bits=0), "execute", 2.0**-16, counted(MPC())),
 }
 CASES = [
     pytest.param(
@@ -70,11 +74,12 @@ def test_predicted_costs_are_the_measured_ones(opened: tuple[Subject, Program, A
     subject, program, session = opened
     _, measured = session.run(images(1).numpy())
     assert [trace.op for trace in measured.ops] == [op.name for op in program.ops]
+    predicted = subject.predict(program)
     for trace in measured.ops:
-        counted = replace(trace.cost, online_ms=0, offline_ms=0)
-        assert counted == subject.predict(program, program.op(trace.op)), trace.op
+        spent = replace(trace.cost, online_ms=0, offline_ms=0)
+        assert spent == predicted[trace.op], trace.op
         if trace.kind == "relu":
-            assert counted.drelus == program.op(trace.op).drelus
+            assert spent.drelus == program.op(trace.op).drelus
     assert measured.total.online_ms > 0
 
 
@@ -144,3 +149,29 @@ def test_an_op_outside_the_runtime_is_refused_by_kind_and_name(name: str, kind: 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_op_is_known_to_programs(name: str) -> None:
     assert SUBJECTS[name].runtime.ops <= OPS.keys()
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_exact_prices_are_what_a_run_of_one_sample_counts(name: str) -> None:
+    subject, program = SUBJECTS[name], network("residual")
+    pricing = subject.runtime.pricing()
+    again = subject.runtime.pricing(**pricing.settings)
+    exact = again.exact(program)
+    assert exact == pricing.exact(program)
+    with subject.runtime.open(program, "simulate" if name != "plain" else "execute") as session:
+        _, measured = session.run(images(1).numpy())
+    for metric in ("drelus", "macs", "weights", "online_bytes", "offline_bytes", "rounds"):
+        assert getattr(exact, metric) == getattr(measured.total, metric), metric
+    summed = total(pricing.prices(program).values())
+    for metric in {"drelus", "online_bytes", "offline_bytes", "online_ms"} - pricing.approximate:
+        assert getattr(summed, metric) == getattr(exact, metric), metric
+
+
+def test_a_runtime_that_sends_nothing_predicts_no_time() -> None:
+    for refused in (
+        lambda: Plain().pricing(network="lan"),
+        lambda: Plain().estimate(network("residual")),
+        lambda: Plain().calibrate(lambda *_: None),
+    ):
+        with pytest.raises(InputError, match="predicts no time"):
+            refused()

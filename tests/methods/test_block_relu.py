@@ -24,7 +24,8 @@ from tightrope.place import place
 from tightrope.program import base_cost
 from tightrope.rewrite import apply
 from tightrope.runtimes.plain import Plain
-from tightrope.types import total
+from tightrope.solve.select import select
+from tightrope.types import Budget, total
 
 SHAPE = (3, 8, 8)
 SMALL = BlockReluMethod(samples=12, batch_size=8, verify=0)
@@ -133,7 +134,7 @@ def test_a_measurement_resumes_where_it_stopped(tmp_path):
     assert read > 0
     again = measure(net, data, workdir=tmp_path)
     assert again.meta["passes"] == 0
-    assert len(data.reads) == read  # no image was looked at
+    assert len(data.reads) == read + 2  # the images were compared, nothing else
     assert [t.loss.tobytes() for t in again.tables] == [t.loss.tobytes() for t in first.tables]
     (tmp_path / "layer1.relu.npz").unlink()
     third = measure(net, data, workdir=tmp_path)
@@ -148,10 +149,36 @@ def test_an_interrupted_measurement_keeps_what_was_done(tmp_path):
     def stop(what, done, of):
         raise KeyboardInterrupt
 
+    for kept in (1, 5):  # the first site alone, then chunks
+        with pytest.raises(KeyboardInterrupt):
+            SMALL.measure(trace(net, SHAPE), data, cost=Plain(), workdir=tmp_path, progress=stop)
+        assert len(list(tmp_path.iterdir())) == kept
+    assert measure(net, data, workdir=tmp_path).meta["passes"] == 0
+
+
+def test_an_interrupted_check_keeps_the_sites_that_were_done(tmp_path):
+    net, data = settle(TinyResNet()), images(SHAPE)
+    method = replace(SMALL, verify=30)
+    whole = measure(net, data, method).meta
+    seen = []
+
+    def stop(what, done, of):
+        seen.append(what)
+        if seen.count("exact check") == 2:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        SMALL.measure(trace(net, SHAPE), data, cost=Plain(), workdir=tmp_path, progress=stop)
-    assert len(list(tmp_path.iterdir())) == 4
-    assert measure(net, data, workdir=tmp_path).meta["passes"] == 2 * (1 + 5)
+        method.measure(trace(net, SHAPE), data, cost=Plain(), workdir=tmp_path, progress=stop)
+    checked = sorted(p for p in tmp_path.iterdir() if p.name.endswith(".check.npz"))
+    assert len(checked) == 2
+    before = [p.read_bytes() for p in checked]
+    again = measure(net, data, method, workdir=tmp_path).meta
+    assert [p.read_bytes() for p in checked] == before
+    assert again["passes"] == 0
+    for key in ("check", "check_repaired", "spearman", "spearman_repaired", "verified"):
+        assert again[key] == whole[key], key
+    more = measure(net, data, replace(method, verify=31), workdir=tmp_path).meta
+    assert more["verified"] == len(more["check"]) == 31 and more["passes"] == 0
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"noise" * 20])
@@ -181,6 +208,14 @@ def test_another_configuration_is_measured_anew(tmp_path, changes):
 def test_other_weights_and_other_images_are_measured_anew(tmp_path):
     net, data = settle(TinyResNet()), images(SHAPE)
     measure(net, data, workdir=tmp_path)
+    assert measure(net, replace(data, name="others"), workdir=tmp_path).meta["passes"] > 0
+    other = data.x.clone()
+    other[SMALL.samples - 1, 0, 0, 0] += 1e-3  # the last image that is used
+    assert measure(net, replace(data, x=other, name="others"), workdir=tmp_path).meta["passes"] > 0
+    other = data.x.clone()
+    other[SMALL.samples] += 1  # not used
+    assert measure(net, data, workdir=tmp_path).meta["passes"] > 0
+    assert measure(net, replace(data, x=other), workdir=tmp_path).meta["passes"] == 0
     assert measure(net, replace(data, name="others"), workdir=tmp_path).meta["passes"] > 0
     with torch.no_grad():
         net.fc.bias[0] += 1
@@ -219,7 +254,9 @@ class Ineffective(nn.Module):
 def test_a_site_without_influence_is_refused(tmp_path, dead):
     net, data = Ineffective(dead).eval(), images(SHAPE)
     for _ in range(2):  # nothing saved makes it pass the second time
-        with pytest.raises(TraceError, match=r"no influence(.|\n)*odd(.|\n)*--sites"):
+        with pytest.raises(
+            TraceError, match=r"no influence(.|\n)*odd(.|\n)*--weights(.|\n)*zero_init_last(.|\n)*--sites"
+        ):
             measure(net, data, workdir=tmp_path)
     assert len(measure(net, data, replace(SMALL, sites="relu")).tables) == 1
 
@@ -230,6 +267,30 @@ def test_a_site_that_never_cuts_is_free_to_remove():
     problem = measure(net, images(SHAPE))
     assert (problem.tables[0].loss[:, -1] > 0).any()
     assert problem.tables[1].loss == pytest.approx(0, abs=1e-10)
+
+
+def test_notes_say_which_relus_go_for_nothing():
+    """Channel 1 of the first site is never active, channel 2 of the second one is not used."""
+    net = settle(TinyResNet())
+    with torch.no_grad():
+        net.stem[1].weight[1], net.stem[1].bias[1] = 0, -1
+        net.layer1.conv2.weight[:, 2] = 0
+    problem = measure(net, images(SHAPE))
+    first, second = problem.tables[0].site, problem.tables[1].site
+    assert problem.meta["silent"][first] == [1] and problem.meta["silent"][second] == [2]
+    keep = {t.site: np.zeros(len(t.loss), dtype=np.intp) for t in problem.tables}
+    kept = SMALL.notes(problem, keep)
+    assert len(kept) == 2  # what is silent is said whatever was chosen
+    assert kept[0].startswith(f"{first}: nothing of channel 1 reached")
+    assert kept[1].startswith(f"{second}: nothing of channel 2 reached")
+    best = select(problem, Budget.parse("drelus<=100%"))
+    dropped = problem.baseline.drelus - best.cost.drelus
+    assert dropped >= 64 + 63  # an unused channel, and a silent one that a patch keeps at one sign
+    assert SMALL.notes(problem, best.picked)[-1].startswith(f"{dropped:,.0f} of the DReLUs that go")
+    tight = select(problem, Budget.parse("drelus<=30%"))
+    assert (
+        f"{problem.baseline.drelus - tight.cost.drelus:,.0f} of" not in SMALL.notes(problem, tight.picked)[-1]
+    )
 
 
 def test_infeasible_budgets_are_found_before_any_image_is_read():
@@ -309,5 +370,10 @@ def test_fast_losses_rank_as_exact_ones_on_a_trained_network(trained):
     assert problem.meta["verified"] == 80
     assert problem.meta["spearman"] > 0.9
     assert problem.meta["passes"] * 50 < problem.meta["exact_passes"]
-    plain = np.array(problem.meta["check"])
+    plain, repaired = (np.array(problem.meta[key]) for key in ("check", "check_repaired"))
+    assert plain.shape == repaired.shape == (80, 2)
     assert np.isfinite(plain).all() and (plain >= 0).all()
+    assert np.isfinite(repaired).all() and (repaired >= 0).all()
+    assert (repaired[:, 0] <= plain[:, 0]).all() and (repaired[:, 0] < 0.99 * plain[:, 0]).any()
+    assert problem.meta["spearman_repaired"] > 0.9
+    assert problem.meta["spearman_repaired"] != problem.meta["spearman"]

@@ -229,7 +229,11 @@ def test_the_repaired_loss_is_the_least_over_all_rescalings(activation):
                 changed[:, c : c + 1] = a * BlockReLU([patch], upper)(suffix.input[:, c : c + 1])
                 return float((suffix.run(changed) - suffix.output).square().mean())
 
-            least = minimize_scalar(loss, bracket=(0.0, 1.0), tol=1e-10).fun
-            assert float(repaired[c, k]) == pytest.approx(least, rel=1e-6, abs=1e-12)
+            found = minimize_scalar(loss, bracket=(0.0, 1.0), tol=1e-10)
+            assert float(repaired[c, k]) == pytest.approx(found.fun, rel=1e-6, abs=1e-12)
+            factor = float(sums[site.name].factor[c, k])
+            assert factor == pytest.approx(found.x, rel=1e-3, abs=1e-3)
+            again = exact(suffix, c, patch, upper, factor)  # linear layers: the exact loss is the fast one
+            assert float(repaired[c, k]) == pytest.approx(again, rel=1e-6, abs=1e-12)
     assert (repaired <= raw).all()
     assert (repaired[:, 1:] < 0.99 * raw[:, 1:]).any()

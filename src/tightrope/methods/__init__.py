@@ -46,7 +46,8 @@ class Method(Protocol):
     ) -> Problem:
         """Every option of every site with its predicted loss and cost; `shard` is this process's part.
 
-        `feasible` gets the problem with all losses 0 before the long work, to refuse a budget early.
+        `feasible` gets the problem with all losses 0 before the long work, to refuse a budget early. Its
+        `meta["prepared"]` are choices that are made beforehand, whatever the budget.
         """
         ...
 
@@ -56,6 +57,10 @@ class Method(Protocol):
 
     def controls(self, problem: Problem, budget: Budget) -> dict[str, Mapping[str, Any]]:
         """Named assignments a user would try without a solver, each within the budget."""
+        ...
+
+    def notes(self, problem: Problem, picked: Mapping[str, Any]) -> tuple[str, ...]:
+        """What a reader of the plan should know beyond its choices."""
         ...
 
     def rewrite(self, site: Site, module: nn.Module, choice: Json) -> nn.Module:

@@ -71,6 +71,7 @@ def _line(verb: str, facts: Facts, out: str, *more: str) -> str:
         *("--method", facts.plan.method),
         *("--budget", facts.plan.budget),
         *_flags({k: about[k] for k in ("runtime",) if k in about}),
+        *_flags({k: v for k, v in about.get("pricing", {}).items() if k == "network"}),
         *more,
         *("--out", out),
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 
 from tightrope.errors import TightropeError
 from tightrope.program import base_cost
@@ -14,9 +13,6 @@ from tightrope.runtimes import runtime_type
 from tightrope.types import METRICS, Cost, Json, total
 
 COUNTED = ("drelus", "online_bytes", "offline_bytes", "rounds")
-PREDICT = {  # runtime: its analytic cost of a whole program, (program, runtime, batch) -> .ops by name
-    "mpc": "tightrope.runtimes.mpc:costs",
-}
 FLAG = 0.10  # a larger gap is flagged
 
 
@@ -50,13 +46,15 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """`rows` spend something, `local` is the sum of the others, `whole` of all; `missing` says why bytes and
-    rounds have no prediction."""
+    rounds have no prediction. `online_ms`: predicted for this machine's own loopback, None where it was not;
+    only in all, as a clock per party does not say whose time an op is."""
 
     rows: list[Row]
     local: Row | None
     locals_count: int
     whole: Row
     missing: str | None
+    online_ms: float | None = None
 
     @property
     def flagged(self) -> list[Row]:
@@ -74,7 +72,7 @@ def compare(facts: Facts) -> Comparison | None:
     if facts.run is None:
         return None
     batch = facts.run["batch"]
-    analytic, missing = _analytic(facts, facts.run)
+    analytic, online_ms, missing = _analytic(facts, facts.run)
     planned = _planned(facts)
     rows = []
     for entry in facts.run["ops"]:
@@ -92,6 +90,7 @@ def compare(facts: Facts) -> Comparison | None:
         locals_count=len(idle),
         whole=Row("total", "", _sum("total", rows).predicted, _cost(facts.run["total"])),
         missing=missing,
+        online_ms=online_ms,
     )
 
 
@@ -112,19 +111,20 @@ def _planned(facts: Facts) -> dict[str, float]:
     return {op.name: base_cost(op).drelus for op in ops} | {site.name: site.after for site in facts.sites}
 
 
-def _analytic(facts: Facts, run: Mapping[str, Json]) -> tuple[dict[str, Cost], str | None]:
-    """What the runtime says the batch costs, computed anew from the public program."""
+def _analytic(facts: Facts, run: Mapping[str, Json]) -> tuple[Mapping[str, Cost], float | None, str | None]:
+    """What the runtime says the batch costs, by op, and how long it takes, anew from the public program.
+
+    Times by the profile of the plan's prices; the network is the one that the parties ran on.
+    """
     if facts.program is None:
-        return {}, "the bundle has no program"
+        return {}, None, "the bundle has no program"
     try:
         runtime = runtime_type(run["runtime"])(**run.get("config", {}))
-        where = PREDICT.get(run["runtime"])
-        if where is None:
-            return {}, f"the runtime {run['runtime']} states none"
-        module, _, function = where.partition(":")
-        predicted = getattr(import_module(module), function)(facts.program, runtime, run["batch"])
-        return dict(predicted.ops), None
+        profile = {k: v for k, v in facts.about.get("pricing", {}).items() if k == "profile"}
+        same = facts.about.get("runtime") == run["runtime"]
+        predicted = runtime.pricing(**(profile if same else {})).estimate(facts.program, run["batch"])
+        return predicted.ops, predicted.total.online_ms, None
     except TightropeError as error:
-        return {}, error.what
+        return {}, None, error.what
     except TypeError:
-        return {}, "its recorded settings are not those of the runtime"
+        return {}, None, "its recorded settings are not those of the runtime"

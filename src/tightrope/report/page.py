@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tightrope.types import Json
 
 HERE = Path(__file__).parent
 FOLD_BEYOND = 16  # sites; with more, the tiles of each unfold on a click
-PRICED = ("drelus", "online_bytes", "offline_bytes", "online_ms", "offline_ms")
+PRICED = ("drelus", "online_bytes", "offline_bytes")
 
 
 def render(facts: Facts) -> str:
@@ -49,7 +49,7 @@ def render(facts: Facts) -> str:
         curve=_curve(facts),
         distortion=_distortion(facts),
         run_name=words.run_name(facts),
-        spent=_spent(facts),
+        spent=_spent(facts, comparison),
         facts=words.provenance(facts),
         reproduce=commands.reproduce(facts),
         limits=words.limits(facts),
@@ -198,7 +198,7 @@ def _curve(facts: Facts) -> dict[str, Any] | None:
     names = list(dict.fromkeys(name for row in facts.curve for name in row["accuracy"]))
     rows = []
     for row in facts.curve:
-        shown = [formats.percent(row["accuracy"][n]) if n in row["accuracy"] else "–" for n in names]
+        shown = [_at_cost(row, n, facts) if n in row["accuracy"] else "–" for n in names]
         loss, bound = (formats.significant(row[key], 5) for key in ("loss", "bound"))
         gap = formats.percent(_relative(row), 4) if _relative(row) else "0 %"
         cost = row["cost"].get(facts.metric, 0)
@@ -214,6 +214,12 @@ def _curve(facts: Facts) -> dict[str, Any] | None:
     }
 
 
+def _at_cost(row: dict[str, Json], name: str, facts: Facts) -> str:
+    """An accuracy, and what the assignment really uses: a control need not use what it is allowed."""
+    cost = row["cost"] if name == figures.OURS else row.get(name, {})
+    return f"{formats.percent(row['accuracy'][name])} at {formats.count(cost.get(facts.metric, 0))}"
+
+
 def _accuracy_note(facts: Facts) -> str:
     classes = facts.about.get("num_classes")
     chance = f" Guessing would reach {formats.percent(1 / classes)}." if classes else ""
@@ -223,7 +229,9 @@ def _accuracy_note(facts: Facts) -> str:
     return (
         "Each point is the original network with one assignment put in and no training at all, at what "
         "that assignment really uses. The points come from the first validation images (curve --limit), the "
-        "line of the original and the fine-tuned point from all of them." + chance
+        "line of the original and the fine-tuned point from all of them. The plans are the best for the sum "
+        "of the predicted losses, not for this accuracy: before training a control may lie above them."
+        + chance
     )
 
 
@@ -235,6 +243,7 @@ def _pareto_note(facts: Facts) -> str:
         f"The saved problem, solved for {len(gaps)} budgets. Largest proved gap: "
         f"{formats.percent(max(gaps), 4) if max(gaps) else '0 %'}."
     )
+    note += " The bound is on the sum of predicted losses, which is no accuracy."
     return note + (f" {zero} of loss 0 cannot be drawn on the logarithmic axis." if zero else "")
 
 
@@ -253,6 +262,10 @@ def _distortion(facts: Facts) -> dict[str, Any] | None:
     left_out = len(pairs) - sum(a > 0 and b > 0 for a, b in pairs)
     rows = [
         ("Spearman", f"{meta['spearman']:.4f}" if "spearman" in meta else formats.ABSENT),
+        (
+            "Spearman, after rescaling",
+            f"{meta['spearman_repaired']:.4f}" if "spearman_repaired" in meta else formats.ABSENT,
+        ),
         ("options compared", formats.count(len(pairs))),
         ("images behind each", str(facts.plan.config.get("samples", "not recorded"))),
         ("options in all", formats.count(exact) if exact else "not recorded"),
@@ -264,7 +277,7 @@ def _distortion(facts: Facts) -> dict[str, Any] | None:
     return {"chart": drawn, "facts": rows}
 
 
-def _spent(facts: Facts) -> dict[str, Any] | None:
+def _spent(facts: Facts, comparison: Comparison | None) -> dict[str, Any] | None:
     run = facts.run
     if run is None:
         return None
@@ -287,6 +300,7 @@ def _spent(facts: Facts) -> dict[str, Any] | None:
         ),
         ("rounds", formats.count(total["rounds"]) if "rounds" in total else formats.ABSENT),
         ("online time", both("online_ms", formats.duration)),
+        ("online time, predicted", _predicted_time(total, comparison)),
         ("offline time", both("offline_ms", formats.duration)),
         ("peak memory, all processes", formats.size(memory) if memory else formats.ABSENT),
     ]
@@ -298,3 +312,12 @@ def _spent(facts: Facts) -> dict[str, Any] | None:
         "setup": bool(setup),
         "totals": totals,
     }
+
+
+def _predicted_time(total: Mapping[str, float], comparison: Comparison | None) -> str:
+    if comparison is None or not comparison.online_ms:
+        return "not predicted"
+    shown = f"{formats.duration(comparison.online_ms)}, by the profile of the plan's prices on loopback"
+    if "online_ms" not in total:
+        return shown
+    return f"{shown}; {formats.gap(relative_gap(comparison.online_ms, total['online_ms']))} off"

@@ -121,7 +121,7 @@ def provenance(facts: Facts) -> list[tuple[str, str]]:
         ("budget", plan.budget),
         ("preparation", prepared),
         ("method", f"{plan.method}: {settings(plan.config)}"),
-        ("costs priced by", str(about.get("runtime", "not recorded"))),
+        ("costs priced by", _priced_by(about)),
         ("fine-tuning", settings(facts.accuracy.get("recipe", {})) or "none recorded"),
         (
             "runtime",
@@ -132,6 +132,13 @@ def provenance(facts: Facts) -> list[tuple[str, str]]:
         ("host of the run", settings(run.get("host", {})) or "not recorded" if run else "not run"),
         ("versions", settings(about.get("versions", {})) or "not recorded"),
     ]
+
+
+def _priced_by(about: Mapping[str, Json]) -> str:
+    """Times are those of a machine and a network."""
+    runtime, pricing = str(about.get("runtime", "not recorded")), about.get("pricing", {})
+    network, host = pricing.get("network"), pricing.get("profile", {}).get("host", {})
+    return runtime + (f", network {network}, times of {settings(host)}" if network and host else "")
 
 
 def settings(values: Mapping[str, Json]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from tightrope.errors import InputError, near
 from tightrope.program import Op, Program
-from tightrope.types import Cost, Measurement
+from tightrope.types import Cost, Json, Measurement
 
 Mode = Literal["simulate", "execute"]
 
@@ -47,7 +48,54 @@ class Runtime(Protocol):
         """What every op of a program costs per sample, what ops share counted once."""
         ...
 
+    def pricing(self, **settings: Json) -> Pricing:
+        """What it charges a method for its options, for one network and machine, say."""
+        ...
+
+    def calibrate(self, progress: Callable[[str, int, int], None]) -> Mapping[str, Json]:
+        """Measure what this machine takes: the `profile` of `pricing`. Raises InputError if it has none."""
+        ...
+
     def open(self, program: Program, mode: Mode = "execute") -> Session: ...
+
+
+class Pricing(Protocol):
+    """Prices per sample that add up over options, and the exact cost of what was chosen.
+
+    `approximate`: the quantities in which the sum of prices is not the exact cost; `settings`: what
+    `Runtime.pricing` makes it again from.
+    """
+
+    @property
+    def approximate(self) -> frozenset[str]: ...
+
+    @property
+    def settings(self) -> Mapping[str, Json]: ...
+
+    def price(self, op: Op) -> Cost: ...
+
+    def prices(self, program: Program) -> dict[str, Cost]: ...
+
+    def exact(self, program: Program) -> Cost:
+        """Of a calibrated program, as a run of one sample counts it.
+
+        Raises TraceError for an op that the runtime cannot execute, InputError where values do not fit.
+        """
+        ...
+
+    def estimate(self, program: Program, batch: int = 1) -> Estimate:
+        """Of a whole batch, milliseconds included. Raises like `exact`, and InputError where it cannot."""
+        ...
+
+
+class Estimate(Protocol):
+    """What a batch will cost, by op and in all."""
+
+    @property
+    def ops(self) -> Mapping[str, Cost]: ...
+
+    @property
+    def total(self) -> Cost: ...
 
 
 RUNTIMES: dict[str, str] = {

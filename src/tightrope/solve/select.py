@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -26,8 +27,23 @@ class Selection:
 def select(problem: Problem, budget: Budget) -> Selection:
     """Minimise the summed loss within a budget of one limit; the fixed cost counts against it.
 
-    Raises BudgetError when the limit is infeasible, stating the smallest feasible one, and when the
-    budget names several limits or a quantity on which the options do not differ.
+    Raises BudgetError when the limit is infeasible, stating the smallest feasible one, and where
+    `the_limit` does.
+    """
+    metric, limit = the_limit(problem, budget)
+    least = cheapest(problem, metric)
+    if least > limit:
+        raise infeasible(problem, budget, least)
+    room = max(limit - getattr(problem.fixed, metric), _least(problem, metric))  # whatever rounding does
+    solution = solve([Block(t.loss, t.cost[metric]) for t in problem.tables], room)
+    picked = {t.site: c for t, c in zip(problem.tables, solution.choices, strict=True)}
+    return replace(price(problem, picked), loss=solution.loss, bound=min(solution.bound, solution.loss))
+
+
+def the_limit(problem: Problem, budget: Budget) -> tuple[str, float]:
+    """The quantity that is limited, and its absolute limit.
+
+    Raises BudgetError when the budget names several limits or a quantity in which the options have no price.
     """
     if len(budget.limits) != 1:
         raise BudgetError(
@@ -41,23 +57,31 @@ def select(problem: Problem, budget: Budget) -> Selection:
         raise BudgetError(
             "no option is priced in this quantity", got=metric, allowed=", ".join(known) or "nothing"
         )
+    return metric, limit
+
+
+def infeasible(problem: Problem, budget: Budget, least: float) -> BudgetError:
+    """The error for a budget below `least`, what the cheapest choice costs."""
+    metric, limit = the_limit(problem, budget)
     fixed = getattr(problem.fixed, metric)
-    cheapest = fixed + sum(float(t.cost[metric].min()) * len(t.loss) for t in problem.tables)
-    if cheapest > limit:
-        raise BudgetError(
-            "no choice meets the budget",
-            got=str(budget)
-            if limit == budget.limits[0].value
-            else f"{budget}, that is {metric}<={limit:.15g}",
-            allowed=f"{Limit(metric, cheapest)} or more"
-            + (f", of which {fixed:.15g} no choice can change" if fixed else ""),
-            fix="a larger budget, or fewer fixed costs: all sites, --max-pool avg, --relu6 relu"
-            if fixed
-            else None,
-        )
-    solution = solve([Block(t.loss, t.cost[metric]) for t in problem.tables], limit - fixed)
-    picked = {t.site: c for t, c in zip(problem.tables, solution.choices, strict=True)}
-    return replace(price(problem, picked), loss=solution.loss, bound=min(solution.bound, solution.loss))
+    return BudgetError(
+        "no choice meets the budget",
+        got=str(budget) if limit == budget.limits[0].value else f"{budget}, that is {metric}<={limit:.15g}",
+        allowed=f"{Limit(metric, least)} or more"
+        + (f", of which {fixed:.15g} no choice can change" if fixed else ""),
+        fix="a larger budget, or fewer fixed costs: all sites, --max-pool avg, --relu6 relu"
+        if fixed
+        else None,
+    )
+
+
+def cheapest(problem: Problem, metric: str) -> float:
+    """The least that any choice costs in a quantity in which every table is priced."""
+    return float(getattr(problem.fixed, metric)) + _least(problem, metric)
+
+
+def _least(problem: Problem, metric: str) -> float:
+    return math.fsum(float(t.cost[metric].min()) for t in problem.tables for _ in t.loss)
 
 
 def price(problem: Problem, picked: Mapping[str, NDArray[np.intp]]) -> Selection:

@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from tightrope.graph import Graph
@@ -44,10 +46,33 @@ class Distortion:
         return cls(wide, wide.clone(), wide.clone(), torch.zeros(channels, 1, dtype=torch.float64))
 
     @property
+    def factor(self) -> Tensor:
+        """The best rescaling of each option, (C, K); 1 for one that the outputs do not hear of."""
+        heard = self.powers > 0
+        return torch.where(heard, self.products / torch.where(heard, self.powers, 1.0), 1.0)
+
+    @property
     def repaired(self) -> Tensor:
         """`squares` after the best rescaling of each option, (C, K); never above `squares`."""
         best = self.power - self.products.square() / self.powers.clamp_min(1e-300)
         return torch.minimum(best.clamp_min(0), self.squares)
+
+    def losses(self, outputs: int) -> Losses:
+        """Means over images and outputs."""
+        scale = 1 / (self.images * outputs)
+        parts = (scale * self.squares, scale * self.repaired, self.factor, self.power[:, 0] == 0)
+        return Losses(*(part.numpy() for part in parts))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one site: the mean squared change of the network's outputs per channel and option (C, K), as it is
+    and after rescaling by `factor`. `silent` (C,): channels whose value never reached the outputs."""
+
+    raw: NDArray[np.float64]
+    repaired: NDArray[np.float64]
+    factor: NDArray[np.float64]
+    silent: NDArray[np.bool_]
 
 
 def _area(table: Tensor, edges: tuple[Tensor, Tensor]) -> Tensor:
@@ -223,9 +248,9 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def exact(suffix: Suffix, channel: int, patch: Patch, upper: float | None) -> float:
-    """Mean squared change of the outputs when one channel at the site takes `patch`."""
+def exact(suffix: Suffix, channel: int, patch: Patch, upper: float | None, factor: float = 1.0) -> float:
+    """Mean squared change of the outputs when one channel at the site takes `patch`, times `factor`."""
     changed = suffix.value.clone()
     z = suffix.input[:, channel : channel + 1]
-    changed[:, channel : channel + 1] = BlockReLU([patch], upper)(z)
+    changed[:, channel : channel + 1] = factor * BlockReLU([patch], upper)(z)
     return float((suffix.run(changed) - suffix.output).double().square().mean())

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from tightrope.data import Data
-from tightrope.errors import BundleError, InputError, TraceError
+from tightrope.errors import InputError, TraceError
 from tightrope.graph import Graph
 from tightrope.lower import lower
 from tightrope.methods import CostModel, Progress
+from tightrope.methods.block_relu import files
+from tightrope.methods.block_relu.check import check, probes
 from tightrope.methods.block_relu.controls import Picked, controls
-from tightrope.methods.block_relu.distortion import Distortion, Suffix, accumulate, exact, upper_of
+from tightrope.methods.block_relu.distortion import Distortion, Losses, accumulate
 from tightrope.methods.block_relu.patches import label, parse, patches
 from tightrope.nn.block_relu import BlockReLU, Patch
 from tightrope.place import model_sha256, place
 from tightrope.program import Program, Relu
 from tightrope.shard import Shard
-from tightrope.types import ADDITIVE, Budget, Cost, Json, Problem, Site, Table, atomic_write, total
+from tightrope.types import ADDITIVE, Budget, Cost, Json, Problem, Site, Table, total
 
 Options = dict[str, list[Patch]]
 SINGLE = Shard()
-CHUNK = 4  # sites measured by the same passes: bounds memory, and is the unit of resuming
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Mean squared change of the outputs per channel and option (C, K), as it is and after rescaling."""
-
-    raw: NDArray[np.float64]
-    repaired: NDArray[np.float64]
+CHUNK = 4  # sites measured by the same passes: bounds memory, and is the unit of resuming after the first
+NOTHING = 1e-9  # of a site's largest loss: less is rounding
+SHOWN = 12  # channels that a note lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,23 +109,36 @@ class BlockReluMethod:
             if site.name not in {op.name for op in program.ops}:
                 raise _no_influence(site, "no output depends on it")
         unknown = {s.name: np.zeros((s.shape[0], len(options[s.name]))) for s in sites}
-        feasible(Problem(*self._priced(program, sites, options, unknown, cost)))
+        feasible(Problem(*self._priced(program, sites, options, unknown, cost), {"prepared": prepared}))
         key = self._key(ready, program, data)
-        saved = {s.name: _read(workdir, s, key, options[s.name]) for s in sites}
+        keys = {s.name: f"{key} {options[s.name]}" for s in sites}
+        saved = {s.name: files.read(workdir, s.name, keys[s.name]) for s in sites}
         shard.barrier()  # nobody writes before everybody has read
-        losses = {name: loss for name, loss in saved.items() if loss is not None}
+        losses = {name: Losses(**arrays) for name, arrays in saved.items() if arrays is not None}
         passes = 0
         missing = [s for s in sites if s.name not in losses]
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
+        # one site alone first, so that an early interrupt keeps something
+        edges = sorted({0, *range(1, len(missing), CHUNK), len(missing)})
+        for start, stop in pairwise(edges):
+            chunk = missing[start:stop]
             fresh, used = self._fast(ready, chunk, options, data, shard)
             passes += used
             losses |= fresh
             if shard.first:
                 for site in chunk:
-                    _write(workdir, site, key, fresh[site.name], options[site.name])
-            progress("distortion", min(start + CHUNK, len(missing)), len(missing))
-        check = self._verify(ready, sites, options, losses, data, progress, shard)
+                    files.write(workdir, site.name, keys[site.name], vars(fresh[site.name]))
+            progress("distortion", stop, len(missing))
+        checked = check(
+            ready,
+            probes(sites, options, self.verify, self.seed),
+            options,
+            losses,
+            lambda: list(self._images(data, shard)),
+            workdir=workdir,
+            key=key,
+            progress=progress,
+            shard=shard,
+        )
         chosen = {name: loss.repaired if self.repair else loss.raw for name, loss in losses.items()}
         tables, fixed, baseline = self._priced(program, sites, options, chosen, cost)
         meta = {
@@ -136,15 +146,19 @@ class BlockReluMethod:
             "config": asdict(self),
             "prepared": prepared,
             "sites": {s.name: list(s.shape) for s in sites},
+            "silent": {name: np.flatnonzero(loss.silent).tolist() for name, loss in losses.items()},
             "passes": passes,
             "exact_passes": sum(len(o) * s.shape[0] for s, o in zip(sites, options.values(), strict=True)),
-            **check,
+            **checked,
         }
         return Problem(tables, fixed, baseline, meta)
 
     def _key(self, graph: Graph, program: Program, data: Data) -> str:
         """What saved losses depend on: weights, structure (`max_pool`, `relu6`), images and directions."""
-        parts = (self.samples, self.directions, self.seed, data.name)
+        digest = hashlib.sha256()
+        for x in self._images(data, SINGLE):
+            digest.update(x.contiguous().numpy().tobytes())
+        parts = (self.samples, self.directions, self.seed, data.name, digest.hexdigest())
         return f"{model_sha256(graph.module)} {program.sha256()} {parts}"
 
     def _images(self, data: Data, shard: Shard) -> Iterator[Tensor]:
@@ -180,55 +194,12 @@ class BlockReluMethod:
                 powers=shard.total(mine.powers),
                 products=shard.total(mine.products),
                 power=shard.total(mine.power),
+                images=images,
             )
             if active and not whole.squares.any():
                 raise _no_influence(site, "distortion exactly 0 for every option")
-            scale = 1 / (images * outputs)
-            result[site.name] = Losses(*(scale * t.numpy() for t in (whole.squares, whole.repaired)))
+            result[site.name] = whole.losses(outputs)
         return result, passes
-
-    def _verify(
-        self,
-        graph: Graph,
-        sites: Sequence[Site],
-        options: Options,
-        losses: dict[str, Losses],
-        data: Data,
-        progress: Progress,
-        shard: Shard,
-    ) -> dict[str, Json]:
-        """Spearman correlation of fast and exact losses over random options, on the same images."""
-        generator = np.random.default_rng(self.seed)
-        pool = [
-            (s, c, k)
-            for s in sites
-            for c in range(s.shape[0])
-            for k, p in enumerate(options[s.name])
-            if p != (1, 1) or s.kind == "relu6"
-        ]
-        picked = [pool[i] for i in generator.permutation(len(pool))[: self.verify]]
-        if len(picked) < 2:
-            return {}
-        sums = torch.zeros(len(picked) + 1, dtype=torch.float64)  # the last one counts images
-        images = list(self._images(data, shard))
-        for done, x in enumerate(images):
-            sums[-1] += len(x)
-            for site in sites:
-                mine = [i for i, (s, _, _) in enumerate(picked) if s is site]
-                suffix = Suffix(graph, site, x) if mine else None
-                for i in mine:
-                    assert suffix is not None
-                    _, c, k = picked[i]
-                    sums[i] += len(x) * exact(suffix, c, options[site.name][k], upper_of(graph, site))
-            progress("exact check", done + 1, len(images))
-        sums = shard.total(sums)
-        fast = np.array([losses[s.name].raw[c, k] for s, c, k in picked])
-        measured = (sums[:-1] / sums[-1]).numpy()
-        return {
-            "verified": len(picked),
-            "spearman": float(spearmanr(fast, measured).statistic),
-            "check": [[float(a), float(b)] for a, b in zip(fast, measured, strict=True)],
-        }
 
     def _priced(
         self,
@@ -267,6 +238,28 @@ class BlockReluMethod:
             result[table.site] = {"patches": shapes} if upper else {"patches": shapes, "replace": "relu"}
         return result
 
+    def notes(self, problem: Problem, picked: Picked) -> tuple[str, ...]:
+        """What was replaced beforehand, and which ReLUs went for nothing."""
+        found = [f"{site}: replaced by {how['replace']}" for site, how in problem.meta["prepared"].items()]
+        for site, channels in problem.meta.get("silent", {}).items():
+            if channels:
+                shown = ", ".join(map(str, channels[:SHOWN])) + (", …" if len(channels) > SHOWN else "")
+                found.append(
+                    f"{site}: nothing of channel{'s' * (len(channels) > 1)} {shown} reached the outputs on "
+                    "the measured images (never active, or not used): their ReLUs cost no accuracy"
+                )
+        dropped = 0.0
+        for table in problem.tables:
+            k, drelus = picked[table.site], table.cost["drelus"]
+            free = table.loss[np.arange(len(k)), k] <= NOTHING * table.loss.max()
+            dropped += float((drelus[0] - drelus[k])[free].sum())
+        if dropped:
+            found.append(
+                f"{dropped:,.0f} of the DReLUs that go have no predicted loss: a larger budget keeps "
+                "none of them"
+            )
+        return tuple(found)
+
     def controls(self, problem: Problem, budget: Budget) -> dict[str, Picked]:
         """See `tightrope.methods.block_relu.controls`."""
         return controls(problem, budget, self.seed)
@@ -298,36 +291,10 @@ def _no_influence(site: Site, got: str) -> TraceError:
         "this site has no influence on the outputs: its ReLUs would be removed for free",
         where=site.name,
         got=got,
-        fix="check the network, or leave the site out with --sites",
+        fix="give trained weights with --weights (untrained ones may scale residual branches by 0, "
+        "as timm's zero_init_last does), or leave the site out with --sites",
     )
 
 
 def _size(site: Site) -> tuple[int, int]:
     return (site.shape[1], site.shape[2]) if len(site.shape) == 3 else (1, 1)
-
-
-def _path(workdir: Path, site: Site) -> Path:
-    return workdir / f"{site.name}.npz"
-
-
-def _read(workdir: Path | None, site: Site, key: str, options: list[Patch]) -> Losses | None:
-    """The saved losses of a site; None when there are none, or they belong to another measurement."""
-    if workdir is None or not _path(workdir, site).exists():
-        return None
-    try:
-        with _path(workdir, site).open("rb") as f, np.load(f, allow_pickle=False) as saved:
-            same = str(saved["key"]) == key and saved["patches"].tolist() == [list(p) for p in options]
-            return Losses(saved["raw"], saved["repaired"]) if same else None
-    except Exception as error:  # a damaged zip raises almost anything
-        raise BundleError(
-            "a saved distortion file is damaged",
-            where=str(_path(workdir, site)),
-            got=str(error),
-            fix="delete the file; it is measured again",
-        ) from error
-
-
-def _write(workdir: Path | None, site: Site, key: str, losses: Losses, options: list[Patch]) -> None:
-    if workdir is not None:
-        arrays = {"key": np.array(key), "patches": np.array(options)} | vars(losses)
-        atomic_write(_path(workdir, site), lambda f: np.savez(f, **arrays))

@@ -8,7 +8,7 @@ from tightrope.nn.block_relu import IDENTITY, Patch, tiles
 def sides(n: int, most: int = 10) -> list[int]:
     """Useful tile sides of a length `n`: the smallest side for each tile count, thinned to `most`.
 
-    A side between two of these needs as many tiles as the smaller one and shares more, so it only
+    A side between two of these needs as many tiles as the smaller one and shares more, so it usually only
     loses. Thinning keeps 1 and n and spreads the rest evenly in the logarithm.
     """
     useful = sorted({-(-n // t) for t in range(1, n + 1)})

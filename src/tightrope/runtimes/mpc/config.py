@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,6 +28,8 @@ from tightrope.program import (
 from tightrope.types import Cost, Json
 
 if TYPE_CHECKING:
+    from tightrope.runtimes.mpc.cost import Costs
+    from tightrope.runtimes.mpc.pricing import Pricing
     from tightrope.runtimes.mpc.session import MPCSession
 
 RINGS = (64, 32)
@@ -127,14 +130,27 @@ class MPC:
 
         return prices(program, self)
 
-    def cost(self, program: Program, op: Op, batch: int = 1) -> Cost:
-        """What `op` will cost for a batch, exactly as a run counts it; `cost.costs` gives all ops at once.
+    def estimate(self, program: Program, network: str = "loopback", batch: int = 1) -> Costs:
+        """What a batch of a calibrated program will cost, in all and by op: exact counts, and the online
+        milliseconds that the shipped profile predicts. `network`: see `timing.Network.parse`.
 
-        Not linear in the batch: frame headers are per message, and packed bits round up to bytes.
+        Raises what `compile_program` does. `pricing(network, profile).estimate` takes a profile of your own.
         """
-        from tightrope.runtimes.mpc.cost import costs
+        return self.pricing(network).estimate(program, batch)
 
-        return costs(program, self, batch).ops[op.name]
+    def pricing(self, network: str = "loopback", profile: Mapping[str, Json] | None = None) -> Pricing:
+        """What this runtime charges a method for its options; `profile`: the JSON that `calibrate` wrote."""
+        from tightrope.runtimes.mpc.pricing import Pricing
+        from tightrope.runtimes.mpc.timing import Profile
+
+        measured = Profile.shipped() if profile is None else Profile.read(profile, "profile")
+        return Pricing(self, network, measured)
+
+    def calibrate(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Json]:
+        """Measure this machine, in some ten seconds: a `profile` for `pricing`, as JSON."""
+        from tightrope.runtimes.mpc.calibrate import calibrate
+
+        return asdict(calibrate(self, progress))
 
     def open(self, program: Program, mode: Literal["simulate", "execute"] = "execute") -> MPCSession:
         """Start the parties: threads of this process (`simulate`) or three processes (`execute`).

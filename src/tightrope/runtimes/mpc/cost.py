@@ -126,18 +126,28 @@ def price(op: Op, config: MPC) -> Cost:
     opening and its result, and two where a layer reads a layer. An op that this runtime cannot execute has
     the DReLUs, MACs and weights that every runtime would count, and no communication.
     """
-    return _price(op, ALONE.get(type(op), _nothing)(op, config))
+    return _price(op, steps_alone(op, config))
+
+
+def steps_alone(op: Op, config: MPC) -> tuple[Step, ...]:
+    """The steps that `price` counts; none for an op that this runtime cannot execute."""
+    return ALONE.get(type(op), _nothing)(op, config)
 
 
 def prices(program: Program, config: MPC) -> dict[str, Cost]:
     """The price of every op among the others: a value that several layers read is opened once, and the
     output is revealed. Needs no calibrated ranges; see `price` for what it assumes.
     """
+    return {name: _price(program.op(name), steps) for name, steps in usual_steps(program, config).items()}
+
+
+def usual_steps(program: Program, config: MPC) -> dict[str, tuple[Step, ...]]:
+    """By op, in order, the steps that `prices` counts."""
     opened: set[str] = set()
     static = {Program.INPUT: False}  # whether the client's share is known offline, and so its opening
     found = {}
     for op in program.ops:
-        steps = ALONE.get(type(op), _nothing)(op, config)
+        steps = steps_alone(op, config)
         if isinstance(op, Conv2d | Linear):
             source = _wire(program.shape(op.inputs[0]), config.fraction_bits, config)
             steps = tuple(replace(step, wire=source) if isinstance(step, Open) else step for step in steps)
@@ -158,25 +168,27 @@ def prices(program: Program, config: MPC) -> dict[str, Cost]:
             static[op.name] = False
         else:
             static[op.name] = all(static[value] for value in op.inputs)
-        found[op.name] = _price(op, steps)
+        found[op.name] = steps
     if program.output in found:
         reveal = Reveal(index=0, op=program.output, wire=_wire(program.shape(program.output), 0, config))
-        revealed = sum(_payload(m) for exchange in reveal.online for m in exchange)
-        found[program.output] += Cost(online_bytes=revealed, rounds=len(reveal.online))
+        found[program.output] += (reveal,)
     return found
 
 
 def _price(op: Op, steps: tuple[Step, ...]) -> Cost:
     online = [m for step in steps for exchange in step.online for m in exchange]
-    base = replace(base_cost(op), drelus=sum(step.drelus for step in steps)) if steps else base_cost(op)
+    base = base_cost(op)
+    if any(not isinstance(step, Reveal) for step in steps):
+        base = replace(base, drelus=sum(step.drelus for step in steps))
     return base + Cost(
-        online_bytes=sum(_payload(m) for m in online),
-        offline_bytes=sum(_payload(m) for step in steps for m in step.offline),
-        rounds=sum(len(step.online) for step in steps if isinstance(step, Gate | Product)),
+        online_bytes=sum(payload_bytes(m) for m in online),
+        offline_bytes=sum(payload_bytes(m) for step in steps for m in step.offline),
+        rounds=sum(len(step.online) for step in steps if isinstance(step, Gate | Product | Reveal)),
     )
 
 
-def _payload(message: Message) -> float:
+def payload_bytes(message: Message) -> float:
+    """Per sample, packed bits unrounded."""
     return sum(f.count * UNIT_BITS[f.unit] / 8 for f in message.fields if not f.fixed)
 
 

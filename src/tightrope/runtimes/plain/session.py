@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tightrope.errors import InputError
 from tightrope.nn.block_relu import BlockReLU
 from tightrope.program import (
     OPS,
@@ -37,9 +38,10 @@ from tightrope.program import (
     Upsample,
     base_cost,
 )  # fmt: skip
-from tightrope.types import Cost, Measurement, OpTrace, total
+from tightrope.types import Cost, Json, Measurement, OpTrace, total
 
 Weights = tuple[Tensor, Tensor]
+NO_TIME = "the plain runtime sends nothing and predicts no time"
 
 
 def _conv(op: Any, w: Weights, x: Tensor) -> Tensor:
@@ -166,12 +168,29 @@ class Plain:
 
     name: ClassVar[str] = "plain"
     ops: ClassVar[frozenset[str]] = frozenset(OPS)
+    approximate: ClassVar[frozenset[str]] = frozenset()
+    settings: ClassVar[Mapping[str, Json]] = {}
+
+    def pricing(self, **settings: Json) -> Plain:
+        """Its own. Raises InputError for any setting: nothing is sent and no time is predicted."""
+        if settings:
+            raise InputError(NO_TIME, got=", ".join(settings))
+        return self
+
+    def calibrate(self, progress: Callable[[str, int, int], None]) -> Mapping[str, Json]:
+        raise InputError(NO_TIME)
 
     def price(self, op: Op) -> Cost:
         return base_cost(op)
 
     def prices(self, program: Program) -> dict[str, Cost]:
         return {op.name: base_cost(op) for op in program.ops}
+
+    def exact(self, program: Program) -> Cost:
+        return total(self.prices(program).values())
+
+    def estimate(self, program: Program, batch: int = 1) -> NoReturn:
+        raise InputError(NO_TIME)
 
     def open(self, program: Program, mode: Literal["simulate", "execute"] = "execute") -> PlainSession:
         return PlainSession(program)

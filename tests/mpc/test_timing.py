@@ -1,0 +1,181 @@
+"""Predicted milliseconds: critical paths worked out by hand, and what must hold for any profile."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from small_networks import NETWORKS, network
+from tightrope.errors import InputError
+from tightrope.lower import lower
+from tightrope.nn import BlockReLU
+from tightrope.program import Program, Relu
+from tightrope.runtimes.mpc import MPC, compile_program, costs
+from tightrope.runtimes.mpc import calibrate as calibration
+from tightrope.runtimes.mpc.timing import NETWORKS as LINKS
+from tightrope.runtimes.mpc.timing import PARTS, UNITS, Network, Profile, online_ms
+from tightrope.runtimes.plain import ranges
+
+FREE = Profile(**dict.fromkeys(UNITS, 0.0))
+
+
+def priced(network: str = "loopback", **units: float):
+    return MPC().pricing(network, asdict(replace(FREE, **units)))
+
+
+def chain(patches: list[tuple[int, int]]) -> Program:
+    """Convolution 2 -> 3 on 4x4, ReLU, flatten, linear to 5."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, 1, 1), BlockReLU(patches), nn.Flatten(), nn.Linear(48, 5))
+    return ranges(lower(model.eval(), (2, 4, 4)), [torch.randn(16, 2, 4, 4)])
+
+
+MIXED = [(1, 1), (2, 3), (0, 0)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_with_nothing_but_delay_the_time_is_that_of_the_rounds(name: str) -> None:
+    program = network(name)
+    rounds = costs(program, MPC()).total.rounds
+    assert priced("1e18,10").exact(program).online_ms == pytest.approx(rounds * 5.0, rel=1e-6)
+    assert priced(frame=7e6).exact(program).online_ms == pytest.approx(rounds * 7.0, rel=1e-9)
+
+
+def test_units_of_work_are_those_on_the_critical_path() -> None:
+    """One unit at a time, by hand; conv: 54 weights on 16 places, linear: 48 x 5, tiles 16 + 4, 48 elements.
+
+    Steps: open, multiply, gate, (flatten of shares and masks), open, multiply, reveal.
+    """
+    program = chain(MIXED)
+    steps = compile_program(program, MPC()).steps
+    gate = next(step for step in steps if step.op == "1")
+    levels = gate.bits - 8 + 1
+
+    def ns(**units: float) -> float:
+        return priced(**units).exact(program).online_ms * 1e6
+
+    assert ns(mac=1.0) == 54 * 16 + 240
+    assert ns(gathered=1.0) == 2 * 9 * 16
+    assert ns(gate=1.0) == 1
+    assert ns(opened=1.0) == 48  # the identity channel is truncated too
+    assert ns(selected=1.0) == 32
+    assert ns(compared=1.0) == 20
+    assert ns(level=1.0) == 20 * levels
+    assert ns(step=1.0) >= 5  # client and server in turn: both openings, both layers, the result
+
+
+def test_bytes_take_the_bandwidth_of_their_direction() -> None:
+    """Both ways are used at once: only the longer of two simultaneous messages counts."""
+    program = chain(MIXED)
+    links = costs(program, MPC()).links
+    slow = priced("8e3,0").exact(program).online_ms  # a byte a millisecond
+    waited = 32 + math.ceil(20 / 8)  # the server's bits travel beside the client's
+    assert slow == pytest.approx(sum(links.values()) - waited, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ops_add_up_and_nothing_is_negative(name: str) -> None:
+    program = network(name)
+    found = MPC().estimate(program, "wan", batch=3)
+    assert sum(c.online_ms for c in found.ops.values()) == pytest.approx(found.total.online_ms)
+    assert min(c.online_ms for c in found.ops.values()) >= 0 < found.total.online_ms
+    counted = costs(program, MPC(), 3)
+    assert replace(found.total, online_ms=0) == counted.total
+    assert found.links == counted.links and found.ops.keys() == counted.ops.keys()
+
+
+def test_every_step_has_a_part_around_each_exchange() -> None:
+    for name in NETWORKS:
+        for config in (MPC(), MPC(reveal="label")):
+            for step in compile_program(network(name), config).steps:
+                assert len(PARTS[type(step)](step, 2)) == len(step.online) + 1
+
+
+def test_slower_links_and_larger_batches_take_longer() -> None:
+    program = network("residual")
+    times = [MPC().estimate(program, name).total.online_ms for name in ("loopback", "lan", "wan")]
+    assert times == sorted(times) and len(set(times)) == 3
+    batches = [MPC().estimate(program, "lan", batch=n).total.online_ms for n in (1, 2, 16)]
+    assert batches == sorted(batches) and batches[2] < 16 * batches[0]
+
+
+def test_prices_of_options_are_what_they_change() -> None:
+    """What a patch saves by its price is what the whole network saves, widths of comparisons being equal."""
+    pricing = MPC().pricing("lan")
+    relu = Relu(name="1", inputs=("0",), shape=(3, 4, 4), patches=((1, 1),) * 3)
+    plain, mixed = (replace(relu, patches=tuple(p)) for p in ([(1, 1)] * 3, MIXED))
+    gain = pricing.price(plain).online_ms - pricing.price(mixed).online_ms
+    whole, program = (chain(p) for p in ([(1, 1)] * 3, MIXED))
+    program = replace(program, ranges=program.ranges | {"1:tiles": whole.ranges["1:tiles"]})
+    exact = pricing.exact(whole).online_ms - pricing.exact(program).online_ms
+    assert gain == pytest.approx(exact, rel=0.2)  # the width is guessed, bits fill bytes
+
+
+def test_a_larger_patch_is_never_slower_and_channels_add_up() -> None:
+    pricing = MPC().pricing("wan")
+    relu = Relu(name="r", inputs=("x",), shape=(4, 8, 8), patches=((1, 1),) * 4)
+    found = []
+    for patch in [(1, 1), (1, 2), (2, 2), (4, 4), (8, 8), (0, 0)]:
+        found.append(pricing.price(replace(relu, patches=(patch,) * 4)).online_ms)
+        one = pricing.price(replace(relu, shape=(1, 8, 8), patches=(patch,))).online_ms
+        assert 4 * one == pytest.approx(found[-1])
+    assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
+    assert found[-1] > 0
+
+
+def test_networks_are_read() -> None:
+    assert Network.parse("wan") is LINKS["wan"] == Network(1e8, 40.0)
+    assert Network.parse("2.5e8,12") == Network(2.5e8, 12.0)
+    for wrong in ("wann", "1e9", "1e9,0.5,3", "0,1", "-1,1", "1e9,-1", "nan,1", "inf,1", ""):
+        with pytest.raises(InputError, match=r"network(.|\n)*loopback"):
+            MPC().pricing(wrong)
+
+
+def test_profiles_are_read() -> None:
+    shipped = Profile.shipped()
+    assert all(getattr(shipped, unit) >= 0 for unit in UNITS) and shipped.host["cores"] >= 1
+    body = json.loads(json.dumps(asdict(shipped)))
+    assert Profile.read(body, "here") == shipped
+    for wrong in (
+        [],
+        {},
+        {k: v for k, v in body.items() if k != "mac"},
+        body | {"more": 1},
+        body | {"mac": -1.0},
+        body | {"mac": "1"},
+        body | {"mac": math.nan},
+        body | {"host": "here"},
+    ):
+        with pytest.raises(InputError):
+            Profile.read(wrong, "here")
+
+
+def test_a_fit_finds_the_profile_that_made_the_times() -> None:
+    """The session replaced by a made-up machine that takes exactly what some profile predicts."""
+    truth = replace(Profile.shipped(), frame=90e3, byte=1.7, step=25e3, gate=210e3)
+    program = calibration.session_program()
+    schedule = compile_program(program, MPC())
+    times = {}
+    for batch in calibration.BATCHES:
+        size = calibration.partial(calibration.frame_bytes, batch=batch)
+        times[batch] = calibration.groups(online_ms(schedule.steps, batch, size, truth, Network()))
+    guess = replace(truth, **calibration.GUESS)
+    found = calibration.fitted(guess, schedule, times)
+    for unit in calibration.SESSION:
+        assert getattr(found, unit) == pytest.approx(getattr(truth, unit), rel=0.02), unit
+
+
+@pytest.mark.slow
+def test_calibration_measures_every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "REPEATS", 3)
+    seen: list[int] = []
+    profile = Profile.read(MPC().calibrate(lambda what, done, of: seen.append(done)), "here")
+    assert seen == sorted(seen) and profile.host["cores"] >= 1
+    assert all(np.isfinite(getattr(profile, unit)) for unit in UNITS)
+    assert min(profile.frame, profile.mac, profile.element, profile.opened, profile.level) > 0
