@@ -115,8 +115,13 @@ def accumulate(
     *,
     most_directions: int,
     generator: torch.Generator,
+    wanted: Tensor | None = None,
 ) -> int:
-    """Add a batch x (N, C, H, W) to the running sums of `sites`. Returns the number of network passes."""
+    """Add a batch x (N, C, H, W) to the running sums of `sites`. Returns the number of network passes.
+
+    With `wanted` (N, K), outputs that the network should have, the sums are of the error that remains under
+    an option instead of the change that it makes.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     hooks = []
     for site in sites:
@@ -130,18 +135,21 @@ def accumulate(
     finally:
         for hook in hooks:
             hook.remove()
+    error = torch.zeros_like(out) if wanted is None else (out - wanted).detach()
     gates = {s.name: _gates(graph, s, seen[s.name][0], options[s.name]) for s in sites}
     passes = 1
     values = [seen[s.name][1] for s in sites]
     for v, weight in directions(out, most_directions, generator):
         rows = torch.autograd.grad(out, values, v, retain_graph=True, allow_unused=True)
         passes += 1
+        now = (v * error).flatten(1).sum(1).double()[:, None, None]
         for site, row in zip(sites, rows, strict=True):
             if row is not None:
                 z, y = seen[site.name]
                 new, old = _responses(
                     graph, site, z, _map(y.detach()), _map(row), options[site.name], gates[site.name]
                 )
+                old = old - now
                 mine = sums[site.name]
                 mine.squares += weight * (new - old).square().sum(0).cpu()
                 mine.powers += weight * new.square().sum(0).cpu()
@@ -158,7 +166,10 @@ Gates = list[tuple[Tensor, Tensor | None]]
 
 
 def upper_of(graph: Graph, site: Site) -> float | None:
-    return 6.0 if isinstance(graph.module.get_submodule(site.name), nn.ReLU6) else None
+    module = graph.module.get_submodule(site.name)
+    if isinstance(module, BlockReLU):
+        return module.upper
+    return 6.0 if isinstance(module, nn.ReLU6) else None
 
 
 def _gates(graph: Graph, site: Site, z: Tensor, patches: list[Patch]) -> Gates:

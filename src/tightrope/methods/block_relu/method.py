@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tightrope.data import Data
 from tightrope.errors import InputError, TraceError
-from tightrope.graph import Graph
+from tightrope.graph import Graph, trace
 from tightrope.lower import lower
 from tightrope.methods import CostModel, Progress
 from tightrope.methods.block_relu import files
@@ -173,16 +173,63 @@ class BlockReluMethod:
         )
         return (x.to(shard.device) for x, _ in batches)
 
+    def remeasure(
+        self,
+        problem: Problem,
+        graph: Graph,
+        tuned: nn.Module,
+        data: Data,
+        *,
+        progress: Progress = lambda *_: None,
+        shard: Shard = SINGLE,
+    ) -> Problem:
+        """`problem` with its losses measured in `tuned`: `graph`'s network, rewritten and fine-tuned.
+
+        The loss of an option is the mean squared difference to the original network's outputs that remains
+        when its channel alone changes to it. Prices and the check of the first losses stay.
+        """
+        original = place(graph, problem.meta["prepared"], self.rewrite)
+        rewritten = trace(tuned, graph.input_shape)
+        named = {t.site: t for t in problem.tables}
+        sites = [s for s in original.sites if s.name in named]
+        options = {name: [parse(text) for text in table.labels] for name, table in named.items()}
+        original.module.to(shard.device)
+        losses: dict[str, Losses] = {}
+        for start in range(0, len(sites), CHUNK):
+            chunk = sites[start : start + CHUNK]
+            losses |= self._fast(rewritten, chunk, options, data, shard, original.module)[0]
+            progress("distortion", start + len(chunk), len(sites))
+        chosen = {name: loss.repaired if self.repair else loss.raw for name, loss in losses.items()}
+        tables = tuple(replace(table, loss=chosen[table.site]) for table in problem.tables)
+        rounds = problem.meta.get("remeasured", 0) + 1
+        return replace(problem, tables=tables, meta={**problem.meta, "remeasured": rounds})
+
     def _fast(
-        self, graph: Graph, sites: Sequence[Site], options: Options, data: Data, shard: Shard
+        self,
+        graph: Graph,
+        sites: Sequence[Site],
+        options: Options,
+        data: Data,
+        shard: Shard,
+        original: nn.Module | None = None,
     ) -> tuple[dict[str, Losses], int]:
+        """Losses in `graph`'s network; against the outputs of `original`, or else against its own."""
         sums = {s.name: Distortion.zeros(s.shape[0], len(options[s.name])) for s in sites}
         generator = torch.Generator(shard.device).manual_seed(self.seed + shard.rank)
         graph.module.to(shard.device)
         passes = 0
         for x in self._images(data, shard):
+            with torch.no_grad():
+                wanted = None if original is None else original(x)
             passes += accumulate(
-                graph, sites, options, x, sums, most_directions=self.directions, generator=generator
+                graph,
+                sites,
+                options,
+                x,
+                sums,
+                most_directions=self.directions,
+                generator=generator,
+                wanted=wanted,
             )
         outputs = graph.outputs
         result = {}
