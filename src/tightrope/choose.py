@@ -73,7 +73,8 @@ class Chooser:
         self, problem: Problem, base: str, base_sha256: str, input_shape: tuple[int, ...], *, exact: bool
     ) -> Plan:
         """The best plan. With `exact` its predicted costs are exact, whatever the budget limits; they always
-        are in the quantity that it limits.
+        are in the quantity that it limits. The bound is then on the losses of the choices whose prices add up
+        to no more than the limit that led to this one.
 
         Raises BudgetError when no choice meets the budget, InputError when values of the rewritten network
         do not fit the runtime, TraceError when the budget needs exact costs of an op that it has not.
@@ -84,8 +85,9 @@ class Chooser:
             selection = found.selection
             metric = self.budget.limits[0].metric
             notes = (
-                f"chosen by prices that add up to at most {found.limit:,.6g} {metric}, so that the exact "
-                "cost meets the budget; the bound is that of this choice",
+                f"the exact cost, {getattr(selection.cost, metric):,.6g} {metric}, meets the budget; chosen "
+                f"by prices that add up, within {found.limit:,.6g}: the bound is proved for that sum, not "
+                "for the exact cost",
             )
         else:
             selection = select(problem, self.budget)

@@ -21,10 +21,11 @@ from tightrope import __version__
 from tightrope.arguments import AsJson, BudgetText, BundleDir, Network, Out, Overwrite, Profile
 from tightrope.errors import InputError, TightropeError
 from tightrope.recipe import Recipe
-from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted
+from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted, times
 
 if TYPE_CHECKING:
     from tightrope.bundle import Bundle
+    from tightrope.runtimes import Estimate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,11 +119,14 @@ def search(
         "sites": sites, "samples": samples, "repair": repair, "verify": verify, "max_pool": max_pool,
         "relu6": relu6, "seed": seed,
     }  # fmt: skip
+    prices: Json = {} if network is None else {"network": network}
+    if profile is not None:
+        prices["profile"] = pipeline.read_profile(profile)
     with view.progress() as progress:
         bundle = pipeline.search(
             model=model, data=data, budget=budget, out=out, method=method, config=config, weights=weights,
-            root=root, image_size=image_size, runtime=runtime, pricing=pipeline.prices_for(network, profile),
-            overwrite=overwrite, progress=progress, warn=view.warn, shard=shard,
+            root=root, image_size=image_size, runtime=runtime, pricing=prices, overwrite=overwrite,
+            progress=progress, warn=view.warn, shard=shard,
         )  # fmt: skip
     return _chosen(view, bundle) if shard.first else None
 
@@ -141,7 +145,7 @@ def solve(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> Json:
-    """Solve a bundle's saved problem for another budget, without touching the network."""
+    """Solve a bundle's saved problem for another budget, without measuring the network again."""
     from tightrope import pipeline
     from tightrope.bundle import Bundle
 
@@ -155,7 +159,7 @@ def apply(bundle: BundleDir, as_json: AsJson = False) -> Json:
     from tightrope.bundle import Bundle
 
     view = View(as_json)
-    pipeline.apply_plan(Bundle.open(bundle))
+    pipeline.apply_plan(Bundle.open(bundle), view.warn)
     view.say(f"wrote {bundle / 'model.safetensors'} and {bundle / 'program.json'}")
     return {"bundle": str(bundle)}
 
@@ -191,7 +195,7 @@ def finetune(
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
         view.say("  " + "  ".join(shown) + "  (before the batch-norm statistics are estimated anew)")
 
-    result = pipeline.train(opened, recipe, resume=not restart, log=show)
+    result = pipeline.train(opened, recipe, resume=not restart, log=show, warn=view.warn)
     if not result:  # not the first of several processes
         return None
     if test:
@@ -241,15 +245,18 @@ def run(
         raise InputError("only the mpc runtime hides outputs", got=f"--reveal with --runtime {runtime}")
     if image is not None and count is not None:
         raise InputError("one image, or so many test images", got=f"--image {image} with --count {count}")
-    if (network or profile) and not estimate:
-        raise InputError("only --estimate knows other networks and machines", got="--network or --profile")
-    config = {k: v for k, v in (("port", port), ("reveal", reveal)) if v is not None}
+    if (network or profile) and runtime != "mpc":
+        raise InputError("only the mpc runtime has links", got=f"--network or --profile with {runtime}")
+    asked = {"port": port, "reveal": reveal, "network": network}
+    config = {k: v for k, v in asked.items() if v is not None}
+    measured_times = None if profile is None else pipeline.read_profile(profile)
+
+    def expect(batch: int) -> tuple[Estimate, Mapping[str, Any]]:
+        return pipeline.estimate(opened, runtime=runtime, batch=batch, config=config, profile=measured_times)
+
     if estimate:
-        prices, batch = pipeline.prices_for(network, profile), 1 if count is None else count
-        found, settings = pipeline.estimate(
-            opened, runtime=runtime, batch=batch, config=config, pricing=prices
-        )
-        return predicted(view, found, settings, batch)
+        batch = 1 if count is None else count
+        return predicted(view, *expect(batch), batch)
     if image is None and resize:
         raise InputError("--resize is for an image of your own", got="--resize without --image")
     data = opened.data()
@@ -269,12 +276,16 @@ def run(
     difference = "" if error is None else f"; largest difference of an output: {error:.3g}"
     view.say(f"same class as plain: {same} of {len(x)}{difference}")
     measurement(view, measured)
+    expected_cost = None if runtime == "plain" else expect(len(x))[0].total
+    if expected_cost is not None:
+        times(view, expected_cost, measured.total)
     return {
         "predictions": [data.classes[k] for k in got],
         "plain": [data.classes[k] for k in want],
         "labels": None if labels is None else [data.classes[k] for k in labels],
         "max_abs_error": error,
         "measurement": measured.to_dict(),
+        "predicted": None if expected_cost is None else expected_cost.as_dict(),
     }
 
 

@@ -23,7 +23,7 @@ from tightrope import models
 from tightrope.bundle import DISTORTION, Bundle, write_json
 from tightrope.choose import CALIBRATION, Chooser, exact_cost, freeze
 from tightrope.data import Data
-from tightrope.errors import BundleError, InputError, TraceError
+from tightrope.errors import BundleError, InputError, TightropeError, TraceError
 from tightrope.evaluate import chance
 from tightrope.finetune import Recipe, accuracy, finetune, recalibrate
 from tightrope.forms import parse
@@ -31,6 +31,7 @@ from tightrope.graph import trace
 from tightrope.lock import check_unlocked, locked
 from tightrope.methods import Method, method_type
 from tightrope.place import model_sha256, place
+from tightrope.program import Program
 from tightrope.rewrite import apply, method_of
 from tightrope.runtimes import Estimate, Pricing, Runtime, runtime_type
 from tightrope.shard import Shard, launch
@@ -149,17 +150,14 @@ def solve(source: Bundle, budget: str, out: Path, *, overwrite: bool = False) ->
     return bundle
 
 
-def prices_for(network: str | None, profile: Path | None) -> dict[str, Json]:
-    """Settings for `Runtime.pricing` from what a user names. Raises InputError for a profile that is none."""
-    found: dict[str, Json] = {} if network is None else {"network": network}
-    if profile is not None:
-        try:
-            found["profile"] = parse(profile.read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(
-                "cannot read the profile", where=str(profile), got=error, fix="tightrope calibrate"
-            ) from error
-    return found
+def read_profile(path: Path) -> Json:
+    """What `tightrope calibrate` wrote. Raises InputError for a file that is no JSON."""
+    try:
+        return parse(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "cannot read the profile", where=str(path), got=error, fix="tightrope calibrate"
+        ) from error
 
 
 def estimate(
@@ -168,17 +166,19 @@ def estimate(
     runtime: str,
     batch: int,
     config: Mapping[str, Json] | None = None,
-    pricing: Mapping[str, Json] | None = None,
+    profile: Json = None,
 ) -> tuple[Estimate, Mapping[str, Json]]:
-    """What a run of the frozen network will cost, and the settings of that prediction.
+    """What a run of the frozen network will cost under `config`, and the settings of that prediction.
 
-    Settings that `pricing` leaves out are those that the bundle's options were priced with.
+    Without a `profile` times are those that the bundle's options were priced with.
     """
     if batch < 1:
         raise InputError("a batch needs at least one image", got=batch)
     about = bundle.about
-    settings = about.get("pricing", {}) if about.get("runtime") == runtime else {}
-    cost: Pricing = runtime_type(runtime)(**(config or {})).pricing(**{**settings, **(pricing or {})})
+    if profile is None and about.get("runtime") == runtime:
+        profile = about.get("pricing", {}).get("profile")
+    settings = {} if profile is None else {"profile": profile}
+    cost: Pricing = runtime_type(runtime)(**(config or {})).pricing(**settings)
     return cost.estimate(bundle.program(weights=False), batch), cost.settings
 
 
@@ -193,7 +193,21 @@ def pricing_of(bundle: Bundle) -> Pricing:
     return found
 
 
-def apply_plan(bundle: Bundle) -> nn.Module:
+def _warn_of_budget(bundle: Bundle, program: Program, warn: Callable[[str], object]) -> None:
+    """Training moves value ranges, and with them the widths of comparisons: count the final network again."""
+    plan, pricing = bundle.plan(), pricing_of(bundle)
+    for metric, limit in Budget.parse(plan.budget).resolve(plan.baseline).items():
+        if metric in pricing.approximate:
+            spent = getattr(exact_cost(pricing, program), metric)
+            if spent > limit:
+                warn(
+                    f"the final network costs {spent:,.6g} {metric}, more than {plan.budget} allows "
+                    f"({limit:,.6g}): its value ranges are not those of the plan. A budget tighter by "
+                    f"{spent / limit - 1:.1%} leaves room for that"
+                )
+
+
+def apply_plan(bundle: Bundle, warn: Callable[[str], object] = warnings.warn) -> nn.Module:
     """Rewrite the base by the plan, without any training, and freeze it.
 
     Raises InputError where that would overwrite a fine-tuned network, and where values of the network do not
@@ -210,6 +224,7 @@ def apply_plan(bundle: Bundle) -> nn.Module:
         program = freeze(model, bundle.data())
         with suppress(TraceError):  # an op that the runtime does not have: another one may run it
             exact_cost(pricing_of(bundle), program)
+        _warn_of_budget(bundle, program, warn)
         bundle.save_model(model, program)
     return model
 
@@ -220,8 +235,11 @@ def train(
     *,
     resume: bool = True,
     log: Callable[[Mapping[str, Json]], None] | None = None,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> dict[str, float]:
     """Fine-tune the rewritten network with the base as teacher; freeze it; validation accuracies.
+
+    `warn` hears of a final network whose exact cost is above the budget.
 
     Several processes (`Recipe.devices`, `nodes`) each run this call; the first alone writes the bundle, and
     the others return {}. Raises BundleError when another command is writing the bundle.
@@ -230,7 +248,7 @@ def train(
     several = recipe.devices * recipe.nodes > 1
     shard = launch(recipe.devices, recipe.nodes, recipe.accelerator) if several else SINGLE
     with locked(bundle.path) if shard.first else nullcontext():
-        return _train(bundle, recipe, resume, log, shard)
+        return _train(bundle, recipe, resume, log, warn, shard)
 
 
 def _train(
@@ -238,6 +256,7 @@ def _train(
     recipe: Recipe,
     resume: bool,
     log: Callable[[Mapping[str, Json]], None] | None,
+    warn: Callable[[str], object],
     shard: Shard,
 ) -> dict[str, float]:
     base, data = bundle.base(), bundle.data()
@@ -255,7 +274,10 @@ def _train(
     tuned = finetune(model, data, teacher=base, recipe=recipe, checkpoint=checkpoint, log=record)
     if not shard.first:
         return {}
-    bundle.save_model(tuned, freeze(tuned, data))
+    program = freeze(tuned, data)
+    with suppress(TightropeError):  # what the runtime cannot execute, `run` says
+        _warn_of_budget(bundle, program, warn)
+    bundle.save_model(tuned, program)
     result = {
         "validation_base": accuracy(base, data, "validation"),
         "validation_untuned": accuracy(model, data, "validation"),

@@ -54,12 +54,8 @@ class Cost:
 
 
 METRICS: tuple[str, ...] = tuple(f.name for f in fields(Cost))
-ADDITIVE = (
-    "drelus",
-    "online_bytes",
-    "offline_bytes",
-    "online_ms",
-)  # sums over the choices: what a budget may limit
+# What a budget may limit: prices that sum over the choices.
+ADDITIVE = ("drelus", "online_bytes", "offline_bytes", "online_ms", "offline_ms")
 COST_FORM: dict[Any, Any] = {f"{metric}?": float for metric in METRICS}
 
 

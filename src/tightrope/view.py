@@ -99,6 +99,7 @@ def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     view.say(
         f"budget {plan.budget}: {plan.predicted.drelus:,.0f} of {plan.baseline.drelus:,.0f} DReLUs; "
         f"predicted loss {plan.loss:.4g}, proved within {plan.gap:.3%} of the optimum"
+        + ("" if metric == "drelus" else " of what the prices of its options allow")
     )
     if "spearman" in problem.meta:
         meta = problem.meta
@@ -134,6 +135,7 @@ def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: i
     network = settings.get("network", "none")
     table = _costs(f"Predicted: batch of {batch}, network {network}", found.ops.items(), found.total)
     view.table(table)
+    view.say(f"offline phase: {found.total.offline_ms:,.0f} ms")
     if host := settings.get("profile", {}).get("host"):
         view.say("times measured on: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in host.items()))
     ops = [{"op": name} | cost.as_dict() for name, cost in found.ops.items()]
@@ -159,6 +161,15 @@ def measurement(view: View, measured: Measurement) -> None:
             view.say(f"{title}: " + ", ".join(f"{link} {n:,} bytes" for link, n in links.items()))
     if t.offline_ms:
         view.say(f"offline phase: {t.offline_ms:,.0f} ms")
+
+
+def times(view: View, expected: Cost, spent: Cost) -> None:
+    """Predicted times beside measured ones."""
+    shown = (
+        f"{phase} {getattr(expected, m):,.1f} ms predicted, {getattr(spent, m):,.1f} measured"
+        for phase, m in (("online", "online_ms"), ("offline", "offline_ms"))
+    )
+    view.say("; ".join(shown))
 
 
 def _costs(title: str, ops: Iterable[tuple[str, Cost]], whole: Cost) -> Table:

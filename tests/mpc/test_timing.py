@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,15 +18,22 @@ from tightrope.nn import BlockReLU
 from tightrope.program import Program, Relu
 from tightrope.runtimes.mpc import MPC, compile_program, costs
 from tightrope.runtimes.mpc import calibrate as calibration
-from tightrope.runtimes.mpc.timing import NETWORKS as LINKS
-from tightrope.runtimes.mpc.timing import PARTS, UNITS, Network, Profile, online_ms
+from tightrope.runtimes.mpc.network import NETWORKS as LINKS
+from tightrope.runtimes.mpc.network import Network
+from tightrope.runtimes.mpc.timing import UNITS, Profile, online_ms, shipped
+from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.runtimes.plain import ranges
+from tightrope.types import Cost
 
 FREE = Profile(**dict.fromkeys(UNITS, 0.0))
 
 
+def body(profile: Profile, host: dict | None = None) -> dict:
+    return {"host": host or {}, "rings": {"64": profile.units}}
+
+
 def priced(network: str = "loopback", **units: float):
-    return MPC().pricing(network, asdict(replace(FREE, **units)))
+    return MPC(network=network).pricing(profile=body(replace(FREE, **units)))
 
 
 def chain(patches: list[tuple[int, int]]) -> Program:
@@ -82,11 +89,13 @@ def test_bytes_take_the_bandwidth_of_their_direction() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_ops_add_up_and_nothing_is_negative(name: str) -> None:
     program = network(name)
-    found = MPC().estimate(program, "wan", batch=3)
+    found = MPC(network="wan").pricing().estimate(program, 3)
     assert sum(c.online_ms for c in found.ops.values()) == pytest.approx(found.total.online_ms)
+    assert sum(c.offline_ms for c in found.ops.values()) == pytest.approx(found.total.offline_ms)
     assert min(c.online_ms for c in found.ops.values()) >= 0 < found.total.online_ms
+    assert min(c.offline_ms for c in found.ops.values()) >= 0 < found.total.offline_ms
     counted = costs(program, MPC(), 3)
-    assert replace(found.total, online_ms=0) == counted.total
+    assert replace(found.total, online_ms=0, offline_ms=0) == counted.total
     assert found.links == counted.links and found.ops.keys() == counted.ops.keys()
 
 
@@ -94,15 +103,18 @@ def test_every_step_has_a_part_around_each_exchange() -> None:
     for name in NETWORKS:
         for config in (MPC(), MPC(reveal="label")):
             for step in compile_program(network(name), config).steps:
-                assert len(PARTS[type(step)](step, 2)) == len(step.online) + 1
+                assert len(ONLINE[type(step)](step, 2)) == len(step.online) + 1
+                assert len(OFFLINE[type(step)](step, 2)) == 2
 
 
 def test_slower_links_and_larger_batches_take_longer() -> None:
     program = network("residual")
-    times = [MPC().estimate(program, name).total.online_ms for name in ("loopback", "lan", "wan")]
-    assert times == sorted(times) and len(set(times)) == 3
-    batches = [MPC().estimate(program, "lan", batch=n).total.online_ms for n in (1, 2, 16)]
-    assert batches == sorted(batches) and batches[2] < 16 * batches[0]
+    for phase in ("online_ms", "offline_ms"):
+        times = [getattr(MPC().pricing(n).exact(program), phase) for n in ("loopback", "lan", "wan")]
+        assert times == sorted(times) and len(set(times)) == 3
+        found = [MPC().pricing("lan").estimate(program, n).total for n in (1, 2, 16)]
+        batches = [getattr(total, phase) for total in found]
+        assert batches == sorted(batches) and batches[2] < 16 * batches[0]
 
 
 def test_prices_of_options_are_what_they_change() -> None:
@@ -132,42 +144,100 @@ def test_a_larger_patch_is_never_slower_and_channels_add_up() -> None:
 def test_networks_are_read() -> None:
     assert Network.parse("wan") is LINKS["wan"] == Network(1e8, 40.0)
     assert Network.parse("2.5e8,12") == Network(2.5e8, 12.0)
-    for wrong in ("wann", "1e9", "1e9,0.5,3", "0,1", "-1,1", "1e9,-1", "nan,1", "inf,1", ""):
+    for wrong in (
+        "wann",
+        "1e9",
+        "1e9,0.5,3",
+        "0,1",
+        "-1,1",
+        "1e9,-1",
+        "nan,1",
+        "inf,1",
+        "10,1",
+        "1e9,1e9",
+        "",
+    ):
         with pytest.raises(InputError, match=r"network(.|\n)*loopback"):
             MPC().pricing(wrong)
+        with pytest.raises(InputError, match="network"):
+            MPC(network=wrong)
 
 
 def test_profiles_are_read() -> None:
-    shipped = Profile.shipped()
-    assert all(getattr(shipped, unit) >= 0 for unit in UNITS) and shipped.host["cores"] >= 1
-    body = json.loads(json.dumps(asdict(shipped)))
-    assert Profile.read(body, "here") == shipped
-    for wrong in (
-        [],
-        {},
-        {k: v for k, v in body.items() if k != "mac"},
-        body | {"more": 1},
-        body | {"mac": -1.0},
-        body | {"mac": "1"},
-        body | {"mac": math.nan},
-        body | {"host": "here"},
-    ):
+    for ring_bits in (64, 32):
+        profile = Profile.read(shipped(), ring_bits, "here")
+        assert all(getattr(profile, unit) >= 0 for unit in UNITS) and profile.host["cores"] >= 1
+    whole = body(FREE, {"cpu": "none"})
+    assert Profile.read(json.loads(json.dumps(whole)), 64, "here") == replace(FREE, host={"cpu": "none"})
+    units = FREE.units
+    wrong = [
+        [], None, {}, {"host": {}}, whole | {"host": "here"}, {"host": {}, "rings": {"32": units}},
+        *({"host": {}, "rings": {"64": bad}} for bad in (
+            [], {k: v for k, v in units.items() if k != "mac"}, units | {"more": 1.0}, units | {"mac": -1.0},
+            units | {"mac": "1"}, units | {"mac": math.nan}, units | {"mac": True},
+        )),
+    ]  # fmt: skip
+    for profile in wrong:
         with pytest.raises(InputError):
-            Profile.read(wrong, "here")
+            Profile.read(profile, 64, "here")
+        with pytest.raises(InputError):
+            MPC().pricing(profile=profile if profile is not None else {})
 
 
-def test_a_fit_finds_the_profile_that_made_the_times() -> None:
-    """The session replaced by a made-up machine that takes exactly what some profile predicts."""
-    truth = replace(Profile.shipped(), frame=90e3, byte=1.7, step=25e3, gate=210e3)
-    program = calibration.session_program()
-    schedule = compile_program(program, MPC())
+def test_offline_bytes_take_the_bandwidth_of_the_busiest_link() -> None:
+    """The dealer's link to the server carries the most, and nothing waits for anything else."""
+    program = chain(MIXED)
+    links = costs(program, MPC()).offline_links
+    slow = priced("8e3,0").exact(program).offline_ms  # a byte a millisecond
+    busiest = max(links.values())
+    assert links["dealer->server"] == busiest and busiest <= slow <= sum(links.values())
+    assert slow == pytest.approx(busiest, rel=0.02)  # what the client sends ahead begins a little later
+
+
+def test_offline_delay_is_paid_once_for_each_link_in_a_row() -> None:
+    program = chain(MIXED)
+    assert priced("1e18,10").exact(program).offline_ms == pytest.approx(10.0)  # dealer, client, server
+
+
+def test_offline_units_of_work_are_those_of_the_dealer() -> None:
+    """By hand: keys of 20 comparisons, shares of what the gate opens, steps that the dealer takes part in."""
+    program = chain(MIXED)
+    gate = next(step for step in compile_program(program, MPC()).steps if step.op == "1")
+
+    def ns(**units: float) -> float:
+        return priced(**units).exact(program).offline_ms * 1e6
+
+    assert ns(keyed=1.0) == pytest.approx(20 * (gate.bits - 8 + 2))
+    elements = 32 + 20 + 48 + 48 + 32  # choice_trunc, choice, trunc, wrap, choice_wrap
+    assert ns(shared=1.0) == pytest.approx(elements)
+    layers = 54 * 16 + 240
+    assert ns(mac=1.0) == pytest.approx(layers)  # the client's own product begins no later
+
+
+def made_up(truth: Profile, schedule) -> dict[int, dict[str, Cost]]:
+    """The times of a machine that takes exactly what a profile predicts; offline the dealer's own."""
     times = {}
     for batch in calibration.BATCHES:
         size = calibration.partial(calibration.frame_bytes, batch=batch)
-        times[batch] = calibration.groups(online_ms(schedule.steps, batch, size, truth, Network()))
-    guess = replace(truth, **calibration.GUESS)
-    found = calibration.fitted(guess, schedule, times)
-    for unit in calibration.SESSION:
+        online = calibration.groups(online_ms(schedule.steps, batch, size, truth, Network()))
+        dealer = dict.fromkeys(online, 0.0)
+        for step in schedule.steps:
+            for part in OFFLINE[type(step)](step, batch):
+                dealer[step.op[0]] += truth.ns(part.get("dealer", {})) / 1e6
+        times[batch] = {g: Cost(online_ms=online[g], offline_ms=dealer[g]) for g in online}
+    return times
+
+
+def test_a_fit_finds_the_profile_that_made_the_times() -> None:
+    truth = replace(
+        Profile.read(shipped(), 64, "here"), frame=90e3, byte=1.7, step=25e3, gate=210e3, deal=60e3,
+        shared=3.0, keyed=20.0,
+    )  # fmt: skip
+    schedule = compile_program(calibration.session_program(), MPC())
+    times = made_up(truth, schedule)
+    guess = replace(truth, **calibration.GUESS, **dict.fromkeys(calibration.DEALT, 0.0))
+    found = calibration.fitted(calibration.dealt(guess, schedule, times), schedule, times)
+    for unit in (*calibration.SESSION, *calibration.DEALT):
         assert getattr(found, unit) == pytest.approx(getattr(truth, unit), rel=0.02), unit
 
 
@@ -175,7 +245,9 @@ def test_a_fit_finds_the_profile_that_made_the_times() -> None:
 def test_calibration_measures_every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "REPEATS", 3)
     seen: list[int] = []
-    profile = Profile.read(MPC().calibrate(lambda what, done, of: seen.append(done)), "here")
-    assert seen == sorted(seen) and profile.host["cores"] >= 1
-    assert all(np.isfinite(getattr(profile, unit)) for unit in UNITS)
-    assert min(profile.frame, profile.mac, profile.element, profile.opened, profile.level) > 0
+    whole = MPC().calibrate(lambda what, done, of: seen.append(done))
+    assert seen == sorted(seen) and whole["host"]["cores"] >= 1
+    for ring_bits in (64, 32):
+        profile = Profile.read(json.loads(json.dumps(whole)), ring_bits, "here")
+        assert all(np.isfinite(getattr(profile, unit)) for unit in UNITS)
+        assert min(profile.frame, profile.mac, profile.element, profile.opened, profile.level) > 0

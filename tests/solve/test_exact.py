@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -129,3 +131,66 @@ def test_budgets_this_cannot_use(text):
     for refuse in (check, fit):
         with pytest.raises(BudgetError):
             refuse(problem, Budget.parse(text), lambda picked: Cost())
+
+
+def tiny(seed: int) -> Problem:
+    """Two sites of 2 groups and 3 options: 81 choices in all."""
+    generator = np.random.default_rng(seed)
+    tables = []
+    for k in range(2):
+        cost = np.sort(generator.integers(0, 60, 3).astype(float))[::-1]
+        loss = np.cumsum(generator.random((2, 3)), 1)
+        tables.append(Table(f"site{k}", ("a", "b", "c"), loss, {METRIC: cost}))
+    fixed = Cost(offline_bytes=100.0)
+    baseline = fixed + Cost(offline_bytes=sum(2 * t.cost[METRIC].max() for t in tables))
+    return Problem(tuple(tables), fixed, baseline, {})
+
+
+def all_choices(problem: Problem):
+    shapes = [len(t.loss) for t in problem.tables]
+    for flat in product(range(3), repeat=sum(shapes)):
+        parts = np.split(np.array(flat), np.cumsum(shapes)[:-1])
+        yield {t.site: part for t, part in zip(problem.tables, parts, strict=True)}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.floats(0.6, 1.8),
+    st.floats(-40, 40),
+    st.integers(1, 9),
+    st.floats(0.3, 1.5),
+)
+def test_against_brute_force_where_exact_costs_grow_with_prices(seed, factor, constant, step, share):
+    """Exact costs are a staircase over the sum of prices, as packed bits and frame headers make them.
+
+    Then every choice that is cheaper in prices is no dearer exactly: the best choice for some limit is the
+    best of all, and the cheapest one decides what is feasible.
+    """
+    problem = tiny(seed)
+
+    def exact(picked):
+        summed = price(problem, picked).cost.offline_bytes
+        return Cost(offline_bytes=max(0.0, constant + np.ceil(factor * summed / step) * step))
+
+    target = share * problem.baseline.offline_bytes
+    budget = Budget((Limit(METRIC, target),))
+    found = [(exact(p).offline_bytes, price(problem, p)) for p in all_choices(problem)]
+    allowed = [s for spent, s in found if spent <= target]
+    least = min(spent for spent, _ in found)
+    if not allowed:
+        for refuse in (check, fit):
+            with pytest.raises(BudgetError, match=rf"{METRIC}<={least:.15g} or more"):
+                refuse(problem, budget, exact)
+        return
+    check(problem, budget, exact)
+    got = fit(problem, budget, exact)
+    assert exact(got.selection.picked).offline_bytes == got.selection.cost.offline_bytes <= target
+    best = min(s.loss for s in allowed)
+    assert got.selection.loss >= best - 1e-9
+    # the bound: no choice whose prices add up to no more than the limit has less loss
+    within = [s.loss for _, s in found if s.cost.offline_bytes <= got.limit + 1e-9]
+    assert got.selection.bound <= min(within) + 1e-9
+    # and the room is used: what beats it spends more of the budget than it, by prices
+    better = [s for s in allowed if s.loss < got.selection.loss - 1e-9]
+    assert all(s.cost.offline_bytes > got.limit for s in better)

@@ -46,7 +46,7 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """`rows` spend something, `local` is the sum of the others, `whole` of all; `missing` says why bytes and
-    rounds have no prediction. `online_ms`: predicted for this machine's own loopback, None where it was not;
+    rounds have no prediction. `online_ms`: predicted for the network it ran on, None where it was not;
     only in all, as a clock per party does not say whose time an op is."""
 
     rows: list[Row]

@@ -317,7 +317,7 @@ def _spent(facts: Facts, comparison: Comparison | None) -> dict[str, Any] | None
 def _predicted_time(total: Mapping[str, float], comparison: Comparison | None) -> str:
     if comparison is None or not comparison.online_ms:
         return "not predicted"
-    shown = f"{formats.duration(comparison.online_ms)}, by the profile of the plan's prices on loopback"
+    shown = f"{formats.duration(comparison.online_ms)}, by the profile of the plan's prices"
     if "online_ms" not in total:
         return shown
     return f"{shown}; {formats.gap(relative_gap(comparison.online_ms, total['online_ms']))} off"

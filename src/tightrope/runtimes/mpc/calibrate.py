@@ -11,7 +11,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,40 +24,61 @@ from scipy.optimize import least_squares, nnls
 
 from tightrope.program import Add, Conv2d, Program, Relu
 from tightrope.runtimes.mpc import fss, gates
-from tightrope.runtimes.mpc.config import MPC
+from tightrope.runtimes.mpc.config import MPC, RINGS
 from tightrope.runtimes.mpc.cost import frame_bytes
-from tightrope.runtimes.mpc.fixed import multiply
+from tightrope.runtimes.mpc.fixed import INTEGERS, multiply
+from tightrope.runtimes.mpc.network import Network
 from tightrope.runtimes.mpc.prg import SEED_BYTES, SESSION_BYTES, Stream, Streams
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
 from tightrope.runtimes.mpc.steps import Gate, Multiply, Piece, Wire
 from tightrope.runtimes.mpc.team import threads_of
-from tightrope.runtimes.mpc.timing import PARTS, Network, Profile, online_ms
+from tightrope.runtimes.mpc.timing import Profile, online_ms
+from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
+from tightrope.types import Cost, Json, Measurement
 
 SESSION = ("frame", "byte", "step", "gate")
 GUESS = {"frame": 3e5, "byte": 2.0, "step": 5e4, "gate": 3e5}
+DEALT = ("deal", "shared", "keyed")  # what only the dealer's times in the session tell
 BATCHES = (1, 64)  # of the session: what does not depend on size, and what does
 LINKS = 6  # of each kind in the session's program
 REPEATS = 30
 QUIET = 3  # so many of the repetitions, the fastest ones, count as undisturbed
+RANGE = 8.0  # of every value of the session's program
+SMALL = {"fraction_bits": 11, "weight_bits": 11, "margin": 2.0}  # what the small ring has room for
 Progress = Callable[[str, int, int], None]
-Times = Mapping[int, Mapping[str, float]]  # batch size -> group of ops -> milliseconds
+Units = dict[str, float]
+Times = Mapping[int, Mapping[str, Cost]]  # batch size -> group of ops -> milliseconds
 
 
-def calibrate(config: MPC | None = None, progress: Progress = lambda *_: None) -> Profile:
-    """A profile of this machine, in some ten seconds if nothing else runs on it."""
-    config = config or MPC()
-    threads = threads_of(config)
-    with _torch_threads(threads):
-        progress("loops", 0, 3)
-        found = _layers() | _elements()
-        progress("loops", 1, 3)
-        found |= _gates(threads)
-    progress("session", 2, 3)
-    guess = Profile(**{**GUESS, **found}, host=_host(threads))
+def calibrate(config: MPC, progress: Progress) -> dict[str, Json]:
+    """The profile of this machine for both rings: see `Profile.read`."""
+    rings = {}
+    for k, ring_bits in enumerate(RINGS):
+        narrow = SMALL if ring_bits < 64 else {}
+        here = MPC(ring_bits=ring_bits, threads=config.threads, port=config.port, **narrow)  # type: ignore[arg-type]
+
+        def done(what: str, parts: int, k: int = k) -> None:
+            progress(what, 3 * k + parts, 3 * len(RINGS))
+
+        rings[str(ring_bits)] = measured(here, done)
+    return {"host": _host(threads_of(config)), "rings": rings}
+
+
+def measured(config: MPC, done: Callable[[str, int], None]) -> Units:
+    """The units of a `Profile` in one ring."""
+    with _torch_threads(threads_of(config)):
+        done("loops", 0)
+        found = _layers(config.ring_bits) | _elements(config.ring_bits)
+        done("loops", 1)
+        found |= _gates(config)
+    done("session", 2)
     program = session_program()
     times = _session(config, program)
-    progress("session", 3, 3)
-    return fitted(guess, compile_program(program, config), times)
+    done("session", 3)
+    schedule = compile_program(program, config)
+    units: dict[str, Any] = {**GUESS, **dict.fromkeys(DEALT, 0.0), **found}
+    guess = Profile(**units)
+    return fitted(dealt(guess, schedule, times), schedule, times).units
 
 
 @contextmanager
@@ -90,11 +111,16 @@ def _conv(
     )  # fmt: skip
 
 
-def _wire(shape: tuple[int, ...], scale: int = 44) -> Wire:
-    return Wire("", shape, scale, 1.0, 1.0, static=True)
+def _wire(shape: tuple[int, ...], scale: int, ring_bits: int) -> Wire:
+    return Wire("", shape, scale, 1.0, 1.0, static=True, ring_bits=ring_bits)
 
 
-def _layers() -> dict[str, float]:
+def _random(shape: tuple[int, ...], ring_bits: int) -> torch.Tensor:
+    drawn = np.random.default_rng(0).integers(-(2**30), 2**30, shape, INTEGERS[ring_bits])
+    return torch.from_numpy(drawn)
+
+
+def _layers(ring_bits: int) -> dict[str, float]:
     """Products and collected values, from layers of different shapes: the best fit of relative errors."""
     shapes = (
         _conv(16, 16, 3, 28), _conv(32, 32, 3, 14), _conv(64, 64, 3, 7), _conv(64, 64, 1, 14),
@@ -102,38 +128,45 @@ def _layers() -> dict[str, float]:
     )  # fmt: skip
     rows = []
     for op in shapes:
-        weight = torch.randint(-(2**40), 2**40, op.weight_shape)
-        x = torch.randint(-(2**62), 2**62, (1, op.in_channels, *op.shape[1:]))
+        weight = _random(op.weight_shape, ring_bits)
+        x = _random((1, op.in_channels, *op.shape[1:]), ring_bits)
         spent = _fastest(lambda op=op, weight=weight, x=x: multiply(op, weight, x))  # type: ignore[misc]
         step = Multiply(
-            index=0, op="", kernel=op, input=_wire(x.shape[1:]), output=_wire(op.shape), weight_bits=22
-        )
-        work = PARTS[Multiply](step, 1)[0].server
+            index=0, op="", kernel=op, input=_wire(x.shape[1:], 0, ring_bits),
+            output=_wire(op.shape, 0, ring_bits), weight_bits=22,
+        )  # fmt: skip
+        work = ONLINE[Multiply](step, 1)[0]["server"]
         rows.append([work["mac"] / spent, work["gathered"] / spent])
     mac, gathered = nnls(np.array(rows), np.ones(len(rows)))[0]
     return {"mac": float(mac), "gathered": float(gathered)}
 
 
-def _elements() -> dict[str, float]:
-    """An addition reads two values and makes one."""
-    a, b = (torch.randint(-(2**62), 2**62, (1 << 15,)) for _ in range(2))
-    return {"element": _fastest(lambda: a + b) / (3 << 15)}
+def _elements(ring_bits: int) -> dict[str, float]:
+    """An addition reads two values and makes one; a keystream makes bytes."""
+    a, b = (_random((1 << 15,), ring_bits) for _ in range(2))
+    stream, out = _stream(), np.empty(1 << 18, np.uint8)
+    drawn = _fastest(lambda: stream.fill(out)) / out.nbytes
+    return {"element": _fastest(lambda: a + b) / (3 << 15), "drawn": drawn}
 
 
-def _gates(threads: int) -> dict[str, float]:
-    """A gate with small tiles and one with large ones; comparisons of few and of many levels."""
+def _stream() -> Stream:
     streams = Streams(secrets.token_bytes(SEED_BYTES), secrets.token_bytes(SESSION_BYTES))
-    stream = streams.open("calibration", 0, 0)
-    narrow, wide = (_comparison(stream, bits, threads) for bits in (16, 32))
+    return streams.open("calibration", 0, 0)
+
+
+def _gates(config: MPC) -> dict[str, float]:
+    """A gate with small tiles and one with large ones; comparisons of few and of many levels."""
+    stream, ring_bits, shift = _stream(), config.ring_bits, config.weight_bits
+    narrow, wide = (_comparison(stream, bits, threads_of(config)) for bits in (16, 32))
     level = max(0.0, (wide - narrow) / 16)
     compared = max(0.0, narrow - level * fss.word_levels(16))
     relu = Relu(name="", inputs=("",), shape=(16, 28, 28), patches=((2, 2),) * 16)
     step = Gate(
-        index=0, op="", kernel=relu, input=_wire(relu.shape), output=_wire(relu.shape, 22), shift=22, trim=22,
-        bits=20, pieces=(Piece(),),
+        index=0, op="", kernel=relu, input=_wire(relu.shape, 2 * shift, ring_bits),
+        output=_wire(relu.shape, shift, ring_bits), shift=shift, trim=shift, bits=20, pieces=(Piece(),),
     )  # fmt: skip
-    opened = stream.ring(step.opened_size)
-    z = stream.ring((1, *relu.shape))
+    opened = stream.ring(step.opened_size, ring_bits)
+    z = stream.ring((1, *relu.shape), ring_bits)
     shares = {f.name: gates.draw(stream, f, 1) for f in step.share_fields}
     bits = stream.bits(step.drelus)
     truncation = _fastest(lambda: gates.truncate(0, opened, shares, step.shift))
@@ -158,19 +191,23 @@ def _comparison(stream: Stream, bits: int, threads: int, count: int = 1 << 13) -
 
 
 def session_program() -> Program:
-    """Layers after layers, layers after ReLUs, and additions: three groups of ops, by the first letter."""
+    """Layers after layers, layers after ReLUs of small and of larger tiles, and additions: groups of ops by
+    their first letter."""
     channels, n = 4, 8
     ops: list[Any] = []
     last = Program.INPUT
     for k in range(LINKS):
         ops.append(_conv(channels, channels, 1, n, name=f"linear{k}", source=last))
         last = ops[-1].name
-    for k in range(LINKS):
-        relu = Relu(name=f"gate{k}", inputs=(last,), shape=(channels, n, n), patches=((2, 2),) * channels)
-        ops += [relu, _conv(channels, channels, 1, n, name=f"gate_conv{k}", source=relu.name)]
-        last = ops[-1].name
-    ops.append(replace(relu, name="gate_last", inputs=(last,)))
-    last = "gate_last"
+    for group, patch in (("gate", (2, 2)), ("relu", (1, 1))):
+        for k in range(LINKS):
+            relu = Relu(
+                name=f"{group}{k}", inputs=(last,), shape=(channels, n, n), patches=(patch,) * channels
+            )
+            ops += [relu, _conv(channels, channels, 1, n, name=f"{group}_conv{k}", source=relu.name)]
+            last = ops[-1].name
+    ops.append(replace(relu, name="relu_last", inputs=(last,)))
+    last = "relu_last"
     for k in range(4 * LINKS):
         ops.append(Add(name=f"add{k}", inputs=(last, last), shape=(channels, n, n)))
         last = ops[-1].name
@@ -181,26 +218,53 @@ def session_program() -> Program:
             tensors[f"{op.name}.weight"] = generator.standard_normal(op.weight_shape) / channels
             tensors[f"{op.name}.bias"] = np.zeros(channels)
     names = [Program.INPUT, *(op.name for op in ops)]
-    ranges = dict.fromkeys([*names, *(f"{name}:tiles" for name in names)], 8.0)
+    ranges = dict.fromkeys([*names, *(f"{name}:tiles" for name in names)], RANGE)
     return Program(tuple(ops), (channels, n, n), last, tensors, ranges)
 
 
 def _session(config: MPC, program: Program) -> Times:
-    """What the parties took: the mean of the fastest runs, by batch size and group."""
+    """What the parties took: the mean of the fastest runs, by batch size and group; offline the dealer."""
     x = np.zeros((max(BATCHES), *program.input_shape))
     times = {}
     with config.open(program, "execute") as session:
         for batch in BATCHES:
             session.run(x[:batch])
             runs = [session.run(x[:batch])[1] for _ in range(REPEATS)]
-            quiet = sorted(runs, key=lambda run: run.total.online_ms)[:QUIET]
-            spent = [groups({trace.op: trace.cost.online_ms for trace in run.ops}) for run in quiet]
-            times[batch] = {group: float(np.mean([s[group] for s in spent])) for group in spent[0]}
+            online = _quiet(runs, "online_ms")
+            offline = _quiet(runs, "offline_ms")
+            times[batch] = {g: Cost(online_ms=online[g], offline_ms=offline[g]) for g in online}
     return times
 
 
+def _quiet(runs: Sequence[Measurement], metric: str) -> dict[str, float]:
+    """By group, the mean over the runs with the least in all."""
+    spent = [groups({trace.op: getattr(trace.cost, metric) for trace in run.ops}) for run in runs]
+    quiet = sorted(spent, key=lambda by_group: sum(by_group.values()))[:QUIET]
+    return {group: float(np.mean([s[group] for s in quiet])) for group in quiet[0]}
+
+
+def dealt(guess: Profile, schedule: Schedule, times: Times) -> Profile:
+    """`guess` with what the dealer's times say beyond the known units: the best fit of relative errors."""
+    rows, known, seen = [], [], []
+    for batch, spent in times.items():
+        work: dict[str, dict[str, float]] = {}
+        for step in schedule.steps:
+            units = work.setdefault(step.op[0], {})
+            for part in OFFLINE[type(step)](step, batch):
+                for unit, count in part.get("dealer", {}).items():
+                    units[unit] = units.get(unit, 0.0) + count
+        for group, units in work.items():
+            if spent[group].offline_ms and any(units.get(unit) for unit in DEALT):
+                rows.append([units.get(unit, 0.0) for unit in DEALT])
+                known.append(guess.ns({u: n for u, n in units.items() if u not in DEALT}))
+                seen.append(spent[group].offline_ms * 1e6)
+    ns, total_ = np.array(rows), np.array(seen)
+    found = nnls(ns / total_[:, None], np.maximum(0.0, 1 - np.array(known) / total_))[0]
+    return replace(guess, **dict(zip(DEALT, found.tolist(), strict=True)))
+
+
 def fitted(guess: Profile, schedule: Schedule, times: Times) -> Profile:
-    """The profile whose predictions are nearest to `times`, the units of the loops as guessed."""
+    """The profile whose online predictions are nearest to `times`, the units of the loops as guessed."""
 
     def profile(logarithms: NDArray[np.float64]) -> Profile:
         return replace(guess, **dict(zip(SESSION, np.exp(logarithms).tolist(), strict=True)))
@@ -210,7 +274,7 @@ def fitted(guess: Profile, schedule: Schedule, times: Times) -> Profile:
         for batch, spent in times.items():
             size = partial(frame_bytes, batch=batch)
             predicted = groups(online_ms(schedule.steps, batch, size, profile(logarithms), Network()))
-            found += [float(np.log(predicted[group] / spent[group])) for group in spent]
+            found += [float(np.log(predicted[group] / spent[group].online_ms)) for group in spent]
         return found
 
     start = np.log([GUESS[unit] for unit in SESSION])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -114,6 +115,10 @@ class Channel:
         self._received = 0
         self._last_sent = time.monotonic()
         self._failure: ProtocolError | None = None
+
+    def through(self, wrap: Callable[[Link], Link]) -> None:
+        """Put another link around this one, before anything is sent."""
+        self._link = wrap(self._link)
 
     def send(self, step: int, tag: int, *parts: Part) -> None:
         """Queue one frame whose payload is the raw bytes of the contiguous `parts`, one after the other.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tightrope.errors import InputError, TraceError
@@ -25,10 +25,10 @@ from tightrope.program import (
     Relu,
     Upsample,
 )
+from tightrope.runtimes.mpc.network import Network
 from tightrope.types import Cost, Json
 
 if TYPE_CHECKING:
-    from tightrope.runtimes.mpc.cost import Costs
     from tightrope.runtimes.mpc.pricing import Pricing
     from tightrope.runtimes.mpc.session import MPCSession
 
@@ -52,7 +52,9 @@ class MPC:
     `logits`, or `label`: the client learns which output is the largest (the first of equal ones) and nothing
     else, as a one-hot vector. material_bytes: larger batches run in pieces, so that the dealer's material
     stays below this. port: first of two consecutive loopback ports, 0 for free ones; timeout_s: how long a
-    party waits for another that gives no sign of life; threads: per party, 0 for half of the cores.
+    party waits for another that gives no sign of life; threads: per party, 0 for half of the cores. network:
+    `loopback`, `lan`, `wan`, or bits per second and round-trip milliseconds (`1e8,40`): every link is slowed
+    down to it, and times are predicted for it.
 
     Raises InputError for a value out of range.
     """
@@ -69,6 +71,7 @@ class MPC:
     port: int = 0
     timeout_s: float = 60.0
     threads: int = 0
+    network: str = "loopback"
 
     name: ClassVar[str] = "mpc"
     ops: ClassVar[frozenset[str]] = frozenset(
@@ -100,10 +103,11 @@ class MPC:
             raise InputError("no such ring", where="MPC", got=f"ring_bits={self.ring_bits}", allowed=RINGS)
         if self.reveal not in REVEALS:
             raise InputError("reveal is unknown", where="MPC", got=self.reveal, allowed=", ".join(REVEALS))
+        Network.parse(self.network)
 
     def agreed(self) -> dict[str, Json]:
         """What the three parties must have in common; compared in the handshake."""
-        own = ("input_margin", "material_bytes", "port", "timeout_s", "threads")
+        own = ("input_margin", "material_bytes", "port", "timeout_s", "threads", "network")
         return {k: v for k, v in asdict(self).items() if k not in own}
 
     def check(self, op: Op) -> None:
@@ -130,27 +134,23 @@ class MPC:
 
         return prices(program, self)
 
-    def estimate(self, program: Program, network: str = "loopback", batch: int = 1) -> Costs:
-        """What a batch of a calibrated program will cost, in all and by op: exact counts, and the online
-        milliseconds that the shipped profile predicts. `network`: see `timing.Network.parse`.
+    def pricing(self, network: str | None = None, profile: Mapping[str, Json] | None = None) -> Pricing:
+        """What this runtime charges a method for its options, and what a program will cost.
 
-        Raises what `compile_program` does. `pricing(network, profile).estimate` takes a profile of your own.
+        network: another than `network`; profile: what `calibrate` made, None for the one that comes with the
+        package. Raises InputError for one that is none.
         """
-        return self.pricing(network).estimate(program, batch)
-
-    def pricing(self, network: str = "loopback", profile: Mapping[str, Json] | None = None) -> Pricing:
-        """What this runtime charges a method for its options; `profile`: the JSON that `calibrate` wrote."""
         from tightrope.runtimes.mpc.pricing import Pricing
-        from tightrope.runtimes.mpc.timing import Profile
+        from tightrope.runtimes.mpc.timing import shipped
 
-        measured = Profile.shipped() if profile is None else Profile.read(profile, "profile")
-        return Pricing(self, network, measured)
+        config = self if network is None else replace(self, network=network)
+        return Pricing(config, shipped() if profile is None else profile)
 
     def calibrate(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Json]:
-        """Measure this machine, in some ten seconds: a `profile` for `pricing`, as JSON."""
+        """Measure this machine, in half a minute: a `profile` for `pricing`, as JSON, for both rings."""
         from tightrope.runtimes.mpc.calibrate import calibrate
 
-        return asdict(calibrate(self, progress))
+        return calibrate(self, progress)
 
     def open(self, program: Program, mode: Literal["simulate", "execute"] = "execute") -> MPCSession:
         """Start the parties: threads of this process (`simulate`) or three processes (`execute`).

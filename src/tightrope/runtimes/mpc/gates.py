@@ -131,12 +131,11 @@ def compared_points(step: Gate, opened: Words) -> U64:
     at or below it never counts as above.
     """
     sums = tile_sums(step, opened)
-    elements = layout(step).elements
+    elements = layout(step).elements.astype(np.uint64)
     parts = []
     for piece in step.pieces:
-        limits = [piece.threshold * int(k) + (1 << step.trim) for k in elements]
-        limit = np.array([v % 2**step.input.ring_bits for v in limits], sums.dtype)
-        parts.append(((sums - limit) >> step.trim).astype(np.uint64).reshape(-1))
+        limit = elements * np.uint64(piece.threshold % 2**64) + np.uint64(1 << step.trim)
+        parts.append(((sums - limit.astype(sums.dtype)) >> step.trim).astype(np.uint64).reshape(-1))
     return np.concatenate(parts)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -21,8 +22,10 @@ from tightrope.runtimes.mpc.channel import BEAT_S, Channel, Clock
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.keys import ROLES, Role
 from tightrope.runtimes.mpc.local import local_channels
+from tightrope.runtimes.mpc.network import Network
 from tightrope.runtimes.mpc.party import Batch, Party, PhaseReport, introduce
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
+from tightrope.runtimes.mpc.shaped import ShapedLink
 
 T = TypeVar("T")
 Command = Literal["setup", "offline", "online"]
@@ -132,6 +135,10 @@ def seat(
     certificate: str = "",
 ) -> Worker:
     """Shake hands with both peers and be ready for commands. Raises ProtocolError if they disagree."""
+    network = Network.parse(config.network)
+    if network != Network():
+        for channel in channels.values():
+            channel.through(partial(ShapedLink, network=network))
     streams = introduce(role, channels, session, program, config, certificate)
     return Worker(Party(role, program, schedule, config, channels, clock, streams, threads_of(config)))
 

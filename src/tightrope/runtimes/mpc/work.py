@@ -1,0 +1,182 @@
+"""What each step of a schedule has the parties do, in the units of a `Profile`, phase by phase.
+
+Online, a step is a part before its first exchange and one after each. Offline it is one part before the
+dealer's messages and one after them, in which the client makes what it sends ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from tightrope.program import Conv2d
+from tightrope.runtimes.mpc.fss import word_levels
+from tightrope.runtimes.mpc.keys import Role
+from tightrope.runtimes.mpc.steps import (
+    ELEMENTS,
+    UNIT_BITS,
+    Field,
+    Gate,
+    Local,
+    Multiply,
+    Open,
+    Product,
+    Reveal,
+    RevealLabel,
+    Step,
+    Truncate,
+    Wire,
+    truncation_fields,
+)
+
+Work = Mapping[str, float]  # unit -> how many
+Part = Mapping[Role, Work]
+BLOCK_BYTES = 16
+
+
+def _both(work: Work) -> Part:
+    return {"client": work, "server": work}
+
+
+def _masking(static: bool, size: float) -> Part:
+    """Adding a mask; the client's static share was masked offline."""
+    masked = {"element": 2 * size}
+    return {"server": masked} if static else _both(masked)
+
+
+def _local(step: Local, batch: int) -> tuple[Part, ...]:
+    """A static result is made offline at the client, and so is every mask."""
+    work = {"step": 1.0, "element": batch * (sum(w.size for w in step.inputs) + step.output.size)}
+    return ({"server": work} if step.masks or step.output.static else _both(work),)
+
+
+def _open(step: Open, batch: int) -> tuple[Part, ...]:
+    work = {"step": 1.0, "element": 2.0 * batch * step.wire.size}
+    return ({"client": work}, {"server": work})
+
+
+def _product_of_layer(step: Multiply, batch: int) -> dict[str, float]:
+    kernel = step.kernel
+    macs = batch * math.prod(kernel.weight_shape) * step.output.size // kernel.weight_shape[0]
+    gathered = macs / kernel.weight_shape[0] * kernel.groups if isinstance(kernel, Conv2d) else 0.0
+    return {"mac": macs, "gathered": gathered, "element": 2.0 * batch * step.output.size}
+
+
+def _multiply(step: Multiply, batch: int) -> tuple[Part, ...]:
+    return ({"server": {"step": 1.0, **_product_of_layer(step, batch)}},)
+
+
+def _truncate(step: Truncate, batch: int) -> tuple[Part, ...]:
+    size = float(batch * step.input.size)
+    return (_masking(step.input.static, size), _both({"step": 1.0, "opened": size}))
+
+
+def _gate(step: Gate, batch: int) -> tuple[Part, ...]:
+    opened, gated = float(batch * step.opened_size), float(batch * step.gated_size)
+    compared = batch * step.drelus
+    levels = compared * word_levels(step.bits)
+    squares = sum(1 + (piece.square != 0) for piece in step.pieces)
+    return (
+        _masking(step.input.static, opened),
+        _both({"gate": 1.0, "opened": opened, "compared": compared, "level": levels}),
+        _both({"selected": gated * squares}),
+    )
+
+
+def _product(step: Product, batch: int) -> tuple[Part, ...]:
+    size = float(batch * (step.left.size + step.right.size))
+    result = {"step": 1.0, "element": 2 * size + 6.0 * batch * step.output.size}
+    return (_masking(step.left.static and step.right.static, size), _both(result))
+
+
+def _reveal(step: Reveal | RevealLabel, batch: int) -> tuple[Part, ...]:
+    work = {"step": 1.0, "element": 2.0 * batch * step.wire.size}
+    return ({"server": work}, {"client": work})
+
+
+ONLINE: Mapping[type[Step], Callable[..., tuple[Part, ...]]] = {
+    Local: _local,
+    Open: _open,
+    Multiply: _multiply,
+    Truncate: _truncate,
+    Gate: _gate,
+    Product: _product,
+    **dict.fromkeys((Reveal, RevealLabel), _reveal),
+}
+
+
+def _bytes(wire: Wire, size: int, batch: int) -> float:
+    return batch * size * UNIT_BITS[ELEMENTS[wire.ring_bits]] / 8
+
+
+def _local_offline(step: Local, batch: int) -> tuple[Part, ...]:
+    work = {"element": batch * (sum(w.size for w in step.inputs) + step.output.size)}
+    if step.masks:
+        return ({"client": work, "dealer": {"deal": 1.0, **work}}, {})
+    return ({"client": work} if step.output.static else {}, {})
+
+
+def _open_offline(step: Open, batch: int) -> tuple[Part, ...]:
+    work = {"deal": 1.0, "drawn": _bytes(step.wire, step.wire.size, batch)}
+    return ({"client": work, "dealer": work}, {})
+
+
+def _multiply_offline(step: Multiply, batch: int) -> tuple[Part, ...]:
+    layer = {"deal": 1.0, **_product_of_layer(step, batch)}
+    drawn = {"drawn": _bytes(step.output, step.output.size, batch)}
+    server = {"deal": 1.0, "element": 2.0 * batch * step.output.size, **drawn}
+    return ({"client": layer, "server": server, "dealer": {**layer, **drawn}}, {})
+
+
+def _opening_offline(
+    wire: Wire, size: int, fields: tuple[Field, ...], comparisons: int, levels: int, batch: int
+) -> tuple[Part, ...]:
+    """r, its shares and the roots of the keys, drawn by whoever uses them; the dealer makes the rest."""
+    own = _bytes(wire, size, batch) + BLOCK_BYTES * batch * comparisons
+    shares = sum(f.bytes(batch) for f in fields)
+    words = float(batch * sum(f.count for f in fields if f.unit != "bit"))
+    return (
+        {
+            "client": {"deal": 1.0, "drawn": own + shares},
+            "server": {"deal": 1.0, "drawn": own},
+            "dealer": {
+                "deal": 1.0, "drawn": 2 * own + shares, "shared": words,
+                "keyed": float(batch * comparisons * levels),
+            },
+        },
+        {"client": {"element": 2.0 * batch * size}} if wire.static else {},
+    )  # fmt: skip
+
+
+def _truncate_offline(step: Truncate, batch: int) -> tuple[Part, ...]:
+    fields = truncation_fields(step.input, step.input.size, step.shift)
+    return _opening_offline(step.input, step.input.size, fields, 0, 0, batch)
+
+
+def _gate_offline(step: Gate, batch: int) -> tuple[Part, ...]:
+    levels = word_levels(step.bits) + 1
+    return _opening_offline(step.input, step.opened_size, step.share_fields, step.drelus, levels, batch)
+
+
+def _product_offline(step: Product, batch: int) -> tuple[Part, ...]:
+    factors, size = step.left.size + step.right.size, step.output.size
+    own, share = _bytes(step.output, factors, batch), _bytes(step.output, size, batch)
+    dealer = {"deal": 1.0, "drawn": 2 * own + share, "element": 4.0 * batch * size}
+    masked = {"element": 2.0 * batch * factors} if step.left.static or step.right.static else {}
+    client, server = ({"deal": 1.0, "drawn": drawn} for drawn in (own + share, own))
+    return ({"client": client, "server": server, "dealer": dealer}, {"client": masked})
+
+
+def _nothing_offline(step: Reveal | RevealLabel, batch: int) -> tuple[Part, ...]:
+    return ({}, {})
+
+
+OFFLINE: Mapping[type[Step], Callable[..., tuple[Part, ...]]] = {
+    Local: _local_offline,
+    Open: _open_offline,
+    Multiply: _multiply_offline,
+    Truncate: _truncate_offline,
+    Gate: _gate_offline,
+    Product: _product_offline,
+    **dict.fromkeys((Reveal, RevealLabel), _nothing_offline),
+}
