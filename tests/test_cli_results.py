@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tightrope
@@ -46,6 +47,37 @@ def test_finetune_leaves_one_log_and_no_lock(tuned: Path) -> None:
     assert set(Bundle.open(tuned).accuracy()) == {
         "validation_base", "validation_untuned", "validation", "recipe",
     }  # fmt: skip
+
+
+def test_refine_solves_anew_and_starts_from_the_tuned_weights(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "refined"
+    assert call(monkeypatch, "refine", tuned, "--out", out) == 0
+    before, after = Bundle.open(tuned), Bundle.open(out)
+    assert after.plan().budget == before.plan().budget
+    assert after.plan().choices != before.plan().choices
+    assert after.problem().meta["remeasured"] == 1
+    start, weights = after.rewritten().state_dict(), before.model().state_dict()
+    assert all(torch.equal(start[name], weights[name]) for name in weights)
+    assert call(monkeypatch, "apply", out) == 0
+    applied = after.model().state_dict()
+    assert all(torch.equal(applied[name], weights[name]) for name in weights)
+    assert call(monkeypatch, "solve", out, "--budget", "drelus<=6%", "--out", tmp_path / "other") == 0
+    assert not (tmp_path / "other" / "start.safetensors").exists()
+
+
+def test_refine_wants_a_fine_tuned_bundle_and_a_place_of_its_own(
+    searched: Path,
+    tuned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "refined"
+    refused(monkeypatch, capsys, "refine", searched, "--out", out, says="tightrope finetune")
+    assert not out.exists()
+    refused(monkeypatch, capsys, "refine", tuned, "--out", tuned, says="a directory of its own")
 
 
 @pytest.mark.parametrize("verb", ["search", "solve"])

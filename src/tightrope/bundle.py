@@ -43,10 +43,12 @@ from tightrope.types import METRICS, Json, Measurement, Plan, Problem, atomic_wr
 
 SCHEMA = 2  # of bundle.json; bundles of schema 1 had no hashes
 DISTORTION = "distortion"  # a measurement under way starts the directory, before there is a bundle
+START = "start.safetensors"  # of a refined plan: the weights tuned under the plan before it
 RESULTS = ("accuracy.json", "checkpoint.safetensors", "measurements.json", "curve.json")  # cost work to make
 DERIVED = (
     "problem.npz",
     "plan.json",
+    START,
     "model.safetensors",
     "program.json",
     "program.safetensors",
@@ -227,6 +229,15 @@ class Bundle:
         """Rebuild the base, apply the plan, load the weights strictly."""
         model = apply(self.base(), self.plan())
         return _load_weights(self.path / "model.safetensors", model)
+
+    def rewritten(self) -> nn.Module:
+        """The base under the plan as fine-tuning starts: with the weights of `save_start`, if any."""
+        model, start = apply(self.base(), self.plan()), self.path / START
+        return _load_weights(start, model) if start.exists() else model
+
+    def save_start(self, tuned: nn.Module) -> None:
+        """Let fine-tuning start from these weights, of the same base under another plan."""
+        _save_weights(self.path / START, tuned)
 
     def save_model(self, model: nn.Module, program: Program) -> None:
         """Keep a network; then what was measured on an earlier one goes."""

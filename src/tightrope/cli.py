@@ -5,20 +5,18 @@ Exit status 0 on success, 2 for anything the user can mend, 130 when interrupted
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from tightrope import __version__
 from tightrope.arguments import AsJson, BudgetText, BundleDir, Network, Out, Overwrite, Profile
+from tightrope.command import Json, app, verb
 from tightrope.errors import InputError, TightropeError
 from tightrope.recipe import Recipe
 from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted, times
@@ -27,51 +25,8 @@ if TYPE_CHECKING:
     from tightrope.bundle import Bundle
     from tightrope.runtimes import Estimate
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 DEMO_EPOCHS = 4
 RECIPE = Recipe()
-Json = dict[str, Any]
-Verb = TypeVar("Verb", bound=Callable[..., Json | None])
-
-
-def verb(kept: str = "") -> Callable[[Verb], Verb]:
-    """Make a function a command. Its result is printed for --json; `kept`: what Ctrl-C leaves of its work."""
-
-    def register(function: Verb) -> Verb:
-        @wraps(function)
-        def command(**options: Any) -> None:
-            try:
-                result = function(**options)
-            except KeyboardInterrupt:
-                print(f"interrupted{kept and '; ' + kept}", file=sys.stderr)
-                raise typer.Exit(130) from None
-            if options["as_json"] and result is not None:
-                print(json.dumps(result))
-
-        app.command()(command)
-        return function
-
-    return register
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"tightrope {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Fit a trained vision network to a hard budget, and really execute it: in the clear or in private."""
 
 
 @verb(kept="the same command goes on where it stopped")
@@ -146,10 +101,30 @@ def solve(
     as_json: AsJson = False,
 ) -> Json:
     """Solve a bundle's saved problem for another budget, without measuring the network again."""
-    from tightrope import pipeline
+    from tightrope import replan
     from tightrope.bundle import Bundle
 
-    return _chosen(View(as_json), pipeline.solve(Bundle.open(bundle), budget, out, overwrite=overwrite))
+    return _chosen(View(as_json), replan.solve(Bundle.open(bundle), budget, out, overwrite=overwrite))
+
+
+@verb()
+def refine(
+    bundle: BundleDir,
+    out: Out = Path("runs/refined"),
+    budget: Annotated[str | None, typer.Option(help="Another one than the bundle's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> Json:
+    """Measure the options again in a fine-tuned network, and choose better ones; then fine-tune on."""
+    from tightrope import replan
+    from tightrope.bundle import Bundle
+
+    view = View(as_json)
+    with view.progress() as progress:
+        refined = replan.refine(
+            Bundle.open(bundle), out, budget=budget, overwrite=overwrite, progress=progress
+        )
+    return _chosen(view, refined)
 
 
 @verb()

@@ -23,7 +23,7 @@ from tightrope import models
 from tightrope.bundle import DISTORTION, Bundle, write_json
 from tightrope.choose import CALIBRATION, Chooser, exact_cost, freeze
 from tightrope.data import Data
-from tightrope.errors import BundleError, InputError, TightropeError, TraceError
+from tightrope.errors import InputError, TightropeError, TraceError
 from tightrope.evaluate import chance
 from tightrope.finetune import Recipe, accuracy, finetune, recalibrate
 from tightrope.forms import parse
@@ -32,7 +32,8 @@ from tightrope.lock import check_unlocked, locked
 from tightrope.methods import Method, method_type
 from tightrope.place import model_sha256, place
 from tightrope.program import Program
-from tightrope.rewrite import apply, method_of
+from tightrope.replan import pricing_of
+from tightrope.rewrite import method_of
 from tightrope.runtimes import Estimate, Pricing, Runtime, runtime_type
 from tightrope.shard import Shard, launch
 from tightrope.solve.select import cheapest, price, select
@@ -127,29 +128,6 @@ def _warn_of_chance(net: nn.Module, images: Data, warn: Callable[[str], object])
         )
 
 
-def solve(source: Bundle, budget: str, out: Path, *, overwrite: bool = False) -> Bundle:
-    """Solve the saved problem of `source` for another budget.
-
-    Only a budget in a quantity whose prices do not add up exactly (bytes, milliseconds) touches network and
-    data, to count exact costs. `out` may be a bundle with a fine-tuned network or measurements only with
-    `overwrite`.
-    """
-    limits = Budget.parse(budget)
-    if out.resolve() == source.path.resolve():
-        raise InputError("solve needs a bundle of its own", where=str(out), fix="another --out")
-    Bundle.check_target(out, overwrite=overwrite)
-    problem, old, base = source.problem(), source.plan(), source.base()
-    about = {k: v for k, v in source.about.items() if k not in ("schema", "versions")}
-    chooser = Chooser(
-        method_of(old), pricing_of(source), limits, lambda: (trace(base, old.input_shape), source.data())
-    )
-    plan = chooser.plan(problem, old.base, old.base_sha256, old.input_shape, exact=False)
-    bundle = Bundle.create(out, about, base, overwrite=overwrite)
-    problem.save(out / "problem.npz")
-    bundle.save_plan(plan)
-    return bundle
-
-
 def read_profile(path: Path) -> Json:
     """What `tightrope calibrate` wrote. Raises InputError for a file that is no JSON."""
     try:
@@ -182,17 +160,6 @@ def estimate(
     return cost.estimate(bundle.program(weights=False), batch), cost.settings
 
 
-def pricing_of(bundle: Bundle) -> Pricing:
-    """What the options of a bundle were priced with."""
-    about = bundle.about
-    try:
-        found: Pricing = runtime_type(about.get("runtime", "mpc"))().pricing(**about.get("pricing", {}))
-    except TypeError as error:
-        where = str(bundle.path / "bundle.json")
-        raise BundleError("a file of the bundle is damaged", where=where, got=error) from error
-    return found
-
-
 def _warn_of_budget(bundle: Bundle, program: Program, warn: Callable[[str], object]) -> None:
     """Training moves value ranges, and with them the widths of comparisons: count the final network again."""
     plan, pricing = bundle.plan(), pricing_of(bundle)
@@ -220,7 +187,7 @@ def apply_plan(bundle: Bundle, warn: Callable[[str], object] = warnings.warn) ->
             fix="a copy: tightrope solve --out",
         )
     with locked(bundle.path):
-        model = apply(bundle.base(), bundle.plan())
+        model = bundle.rewritten()
         program = freeze(model, bundle.data())
         with suppress(TraceError):  # an op that the runtime does not have: another one may run it
             exact_cost(pricing_of(bundle), program)
@@ -260,7 +227,7 @@ def _train(
     shard: Shard,
 ) -> dict[str, float]:
     base, data = bundle.base(), bundle.data()
-    model = apply(base, bundle.plan())
+    model = bundle.rewritten()
     checkpoint = bundle.path / "checkpoint.safetensors"
     if not resume and shard.first:
         checkpoint.unlink(missing_ok=True)

@@ -377,3 +377,40 @@ def test_fast_losses_rank_as_exact_ones_on_a_trained_network(trained):
     assert (repaired[:, 0] <= plain[:, 0]).all() and (repaired[:, 0] < 0.99 * plain[:, 0]).any()
     assert problem.meta["spearman_repaired"] > 0.9
     assert problem.meta["spearman_repaired"] != problem.meta["spearman"]
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_losses_in_a_tuned_network_are_its_errors_against_the_original(trained, repair):
+    """At the last site what follows is linear, so the estimate must equal brute force."""
+    net, data = trained
+    method = replace(SMALL, repair=repair)
+    problem, plan = plan_for(method, net, data, "drelus<=20%")
+    tuned = apply(net, plan)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator))
+    graph = trace(net, plan.input_shape)
+    found = method.remeasure(problem, graph, tuned, data)
+    table = found.tables[-1]
+    assert all(
+        np.array_equal(a.cost["drelus"], b.cost["drelus"])
+        for a, b in zip(found.tables, problem.tables, strict=True)
+    )
+    before = [list(p) for p in plan.choices[table.site]["patches"]]
+    with torch.no_grad():
+        x = data.x[: method.samples]
+        wanted = graph.module(x).double()
+        for c, k in ((0, 0), (1, 3), (2, len(table.labels) - 1), (3, 7)):
+            shapes = [*before[:c], list(parse(table.labels[k])), *before[c + 1 :]]
+            tuned.set_submodule(table.site, BlockReLU(shapes))
+            errors = []
+            for factor in (1.0, *np.linspace(-1, 3, 401)) if repair else (1.0,):
+                scale = torch.ones(len(shapes)).index_fill(0, torch.tensor([c]), float(factor))
+                hook = tuned.get_submodule(table.site).register_forward_hook(
+                    lambda m, a, y, scale=scale: y * scale[:, None, None]
+                )
+                errors.append(float((tuned(x).double() - wanted).square().mean()))
+                hook.remove()
+            assert table.loss[c, k] <= min(errors) * (1 + 1e-4)
+            assert table.loss[c, k] == pytest.approx(min(errors), rel=1e-4 if not repair else 1e-2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -65,6 +65,24 @@ class Method(Protocol):
 
     def rewrite(self, site: Site, module: nn.Module, choice: Json) -> nn.Module:
         """The module that stands at `site` under `choice`; `module` itself is not changed."""
+        ...
+
+
+@runtime_checkable
+class Remeasures(Protocol):
+    """A method that can measure its options again where a first plan has led."""
+
+    def remeasure(
+        self,
+        problem: Problem,
+        graph: Graph,
+        tuned: nn.Module,
+        data: Data,
+        *,
+        progress: Progress = ...,
+        shard: Shard = ...,
+    ) -> Problem:
+        """`problem` with losses measured in `tuned`, `graph`'s network rewritten and fine-tuned."""
         ...
 
 
