@@ -86,7 +86,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "no machines": (("--budget", "drelus<=12%", "--nodes", "0"), "nodes must be positive"),
     "no such accelerator": (("--budget", "drelus<=12%", "--accelerator", "abacus"), "does not have these"),
     "nonsense choice": (("--budget", "drelus<=12%", "--max-pool", "zz"), "allowed: keep, avg"),
-    "unpriced quantity": (("--budget", "power<=12%"), "allowed: drelus, offline_bytes, online_bytes\n"),
+    "unpriced quantity": (("--budget", "power<=12%"), "offline_bytes, offline_ms, online_bytes"),
     "no budget at all": ((), "--budget"),
 }
 

@@ -254,7 +254,7 @@ def test_the_plans_own_price_stands_beside_the_run(bundle: Bundle) -> None:
     plan = bundle.plan()
     bundle.save_plan(replace(plan, predicted=Cost(drelus=86, online_bytes=run.online_bytes / BATCH * 0.8)))
     text = page(bundle).text
-    assert "What the solver believed" in text and "DReLUs 86 86 0 %" in text
+    assert "What the plan predicted" in text and "DReLUs 86 86 0 %" in text
     assert f"{run.online_bytes / BATCH:,.1f}".removesuffix(".0") + " 25.00 %" in text
 
 

@@ -118,7 +118,7 @@ class BlockReluMethod:
         passes = 0
         missing = [s for s in sites if s.name not in losses]
         # one site alone first, so that an early interrupt keeps something
-        edges = sorted({0, *range(1, len(missing), CHUNK), len(missing)})
+        edges = sorted({0, *range(CHUNK if losses else 1, len(missing), CHUNK), len(missing)})
         for start, stop in pairwise(edges):
             chunk = missing[start:stop]
             fresh, used = self._fast(ready, chunk, options, data, shard)
