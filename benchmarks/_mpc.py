@@ -86,15 +86,17 @@ class Runs:
     setup_s: float
     offline_s: float
     online_s: float
-    online_all_s: tuple[float, ...]
     peak_bytes: int
 
     def online_of(self, op: str) -> Cost:
         return next(trace.cost for trace in self.last.ops if trace.op == op)
 
 
-def runs(program: Program, config: MPC, x: NDArray[Any], repeats: int) -> Runs:
-    """Run x in three processes, `repeats` times after one that warms up (none where repeats is 1)."""
+def runs(program: Program, config: MPC, x: NDArray[Any], repeats: int, *, of: str | None = None) -> Runs:
+    """Run x in three processes, `repeats` times after one that warms up (none where repeats is 1).
+
+    of: the op whose time at the client is `online_s`, waiting for the server included; None: the whole phase.
+    """
     with Memory() as memory:
         begun = time.perf_counter()
         with config.open(program, "execute") as session:
@@ -103,10 +105,10 @@ def runs(program: Program, config: MPC, x: NDArray[Any], repeats: int) -> Runs:
                 session.run(x)
             found = [session.run(x) for _ in range(repeats)]
     totals = [measured.total for _, measured in found]
-    online = tuple(t.online_ms / 1e3 for t in totals)
+    timed = [t.cost for _, m in found for t in m.ops if t.op == of] if of else totals
+    online = [t.online_ms / 1e3 for t in timed]
     offline_s = statistics.median(t.offline_ms for t in totals) / 1e3
-    outputs, last = found[-1]
-    return Runs(outputs, last, setup_s, offline_s, statistics.median(online), online, memory.peak_bytes)
+    return Runs(*found[-1], setup_s, offline_s, statistics.median(online), memory.peak_bytes)
 
 
 def planned(graph: Graph, budget: str, seed: int = 0) -> tuple[Graph, Selection]:

@@ -227,6 +227,9 @@ def run(
     reveal: Annotated[
         str | None, typer.Option(help="What mpc shows the client: logits, or only the label.")
     ] = None,
+    ring: Annotated[
+        str | None, typer.Option(help="Of mpc: 64, 32 (half of the bytes), or auto: 32 if precise enough.")
+    ] = None,
     as_json: AsJson = False,
 ) -> Json:
     """Execute a bundle's network and show what it predicts and what it really cost."""
@@ -244,6 +247,8 @@ def run(
         raise InputError("only the mpc runtime has ports", got=f"--port with --runtime {runtime}")
     if reveal is not None and runtime != "mpc":
         raise InputError("only the mpc runtime hides outputs", got=f"--reveal with --runtime {runtime}")
+    if ring is not None and runtime != "mpc":
+        raise InputError("only the mpc runtime has rings", got=f"--ring with --runtime {runtime}")
     if image is not None and count is not None:
         raise InputError("one image, or so many test images", got=f"--image {image} with --count {count}")
     if image is None and resize:
@@ -254,6 +259,10 @@ def run(
     else:
         x, labels = pipeline.test_images(data, 1 if count is None else count)
     config = {k: v for k, v in (("port", port), ("reveal", reveal)) if v is not None}
+    if ring is not None:
+        from tightrope.ring import settings
+
+        config |= settings(opened, ring)
     outputs, expected, measured = pipeline.run(opened, x, runtime=runtime, config=config)
     got, want = outputs.argmax(-1), expected.argmax(-1)
     error = None if reveal == "label" else float(np.abs(outputs - expected).max())

@@ -137,7 +137,7 @@ def evaluate(
     def work(start: int, stop: int) -> None:
         tree, leaf = _hashes(hash_key, TILE)
         state = np.empty((TILE, 2), np.uint64)
-        sums = np.empty(TILE, np.uint8)
+        sums = np.empty(TILE, np.uint64)
         for lo in range(start, stop, TILE):
             hi = min(lo + TILE, stop)
             sigma, parity, x = state[: hi - lo], sums[: hi - lo], xhat[lo:hi]
