@@ -34,7 +34,7 @@ from peers_relu import FRACTION_BITS, inputs
 from tightrope.program import Flatten, Program, Relu
 from tightrope.runtimes.mpc import MPC
 
-REPEATS = 5
+REPEATS = 9
 PEER_REPEATS = 3
 BAR_S, FASTER, FEWER = 0.5, 10, 5
 LARGEST = 6.0
