@@ -6,6 +6,7 @@ problem.npz          every option, loss and cost: solves again for another budge
 plan.json            the choice
 model.safetensors    the rewritten network's weights
 program.json, program.safetensors     the frozen network that runtimes execute
+ring.json            what fits the small ring of mpc, where that was asked
 measurements.json    what runs really cost
 curve.json           accuracy against budget, with the controls
 accuracy.json        of the fine-tuned network, and its recipe
@@ -52,6 +53,7 @@ DERIVED = (
     "model.safetensors",
     "program.json",
     "program.safetensors",
+    "ring.json",
     "log.jsonl",
     "report.html",
     "README.md",

@@ -201,6 +201,9 @@ def run(
     ] = False,
     network: Network = None,
     profile: Profile = None,
+    ring: Annotated[
+        str | None, typer.Option(help="Of mpc: 64, 32 (half of the bytes), or auto: 32 if precise enough.")
+    ] = None,
     as_json: AsJson = False,
 ) -> Json:
     """Execute a bundle's network and show what it predicts and what it really cost."""
@@ -218,12 +221,18 @@ def run(
         raise InputError("only the mpc runtime has ports", got=f"--port with --runtime {runtime}")
     if reveal is not None and runtime != "mpc":
         raise InputError("only the mpc runtime hides outputs", got=f"--reveal with --runtime {runtime}")
+    if ring is not None and runtime != "mpc":
+        raise InputError("only the mpc runtime has rings", got=f"--ring with --runtime {runtime}")
     if image is not None and count is not None:
         raise InputError("one image, or so many test images", got=f"--image {image} with --count {count}")
     if (network or profile) and runtime != "mpc":
         raise InputError("only the mpc runtime has links", got=f"--network or --profile with {runtime}")
     asked = {"port": port, "reveal": reveal, "network": network}
     config = {k: v for k, v in asked.items() if v is not None}
+    if ring is not None:
+        from tightrope.ring import settings
+
+        config |= settings(opened, ring)
     measured_times = None if profile is None else pipeline.read_profile(profile)
 
     def expect(batch: int) -> tuple[Estimate, Mapping[str, Any]]:

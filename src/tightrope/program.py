@@ -118,9 +118,7 @@ class Program:
         return hashlib.sha256(self.structure().encode()).hexdigest()
 
     def weights(self) -> bytes:
-        """The tensors and their seal as safetensors; empty when there are none."""
-        if not self.tensors:
-            return b""
+        """The tensors, which may be none, and their seal as safetensors."""
         arrays = {k: np.ascontiguousarray(v) for k, v in self.tensors.items()}
         data: bytes = save(arrays, metadata={"sha256": self._seal()})
         return data

@@ -37,33 +37,36 @@ def load_roots(roots: U64, party: int, sigma: U64) -> None:
 
 
 @compiled
-def descend(sigma: U64, aes: U64, cw: U64, x: U64, shift: int, parity: U8) -> None:
+def descend(sigma: U64, aes: U64, cw: U64, x: U64, shift: int, parity: U64) -> None:
     """One level for one party: step from node s to its child on bit `shift` of x.
 
     child(bit) = H(s) xor bit*s xor t*cw with H(s) = aes xor sigma(s). Where the bit is 0 the control bit of
-    the right sibling is added to `parity`: over both parties these bits sum to [x < alpha] above the leaf.
+    the right sibling is added to bit 0 of `parity` (the others are noise): over both parties these bits sum to
+    [x < alpha] above the leaf. Flat arrays and words throughout, so that the compiler makes vectors of it.
     """
     one = np.uint64(1)
     zero = np.uint64(0)
     position = np.uint64(shift)
+    seeds, hashes, words = sigma.reshape(-1), aes.reshape(-1), cw.reshape(-1)
     for i in range(sigma.shape[0]):
-        a = sigma[i, 1]
-        b = sigma[i, 0] ^ a
+        j = 2 * i
+        mixed = seeds[j]
+        a = seeds[j + 1]
         take = zero - (a & one)
-        left_a = aes[i, 0] ^ sigma[i, 0] ^ (take & cw[i, 0])
-        left_b = aes[i, 1] ^ a ^ (take & cw[i, 1])
         bit = (x[i] >> position) & one
-        parity[i] ^= np.uint8((left_a ^ a) & ~bit & one)
+        left_a = hashes[j] ^ mixed ^ (take & words[j])
+        left_b = hashes[j + 1] ^ a ^ (take & words[j + 1])
+        parity[i] ^= (left_a ^ a) & ~bit
         right = zero - bit
         left_a ^= right & a
-        left_b ^= right & b
-        sigma[i, 0] = left_a ^ left_b
-        sigma[i, 1] = left_a
+        left_b ^= right & (mixed ^ a)
+        seeds[j] = left_a ^ left_b
+        seeds[j + 1] = left_a
 
 
 @compiled
 def finish(
-    sigma: U64, aes: U64, cw: U64, x: U64, sign_shift: int, party: int, parity: U8, bit: U8, out: U8
+    sigma: U64, aes: U64, cw: U64, x: U64, sign_shift: int, party: int, parity: U64, bit: U8, out: U8
 ) -> None:
     """Leaf look-up, plus the public sign bit of x (added by party 1 only) and this party's constant bit."""
     one = np.uint64(1)
@@ -81,7 +84,7 @@ def finish(
             word = aes[i, 0] ^ sigma[i, 0] ^ (take & cw[i, 0])
         leaf = (word >> (low & np.uint64(63))) & one
         sign = (x[i] >> position) & own
-        out[i] = parity[i] ^ bit[i] ^ np.uint8(leaf ^ sign)
+        out[i] = bit[i] ^ np.uint8((parity[i] & one) ^ leaf ^ sign)
 
 
 @compiled
@@ -93,25 +96,28 @@ def correct(sigma0: U64, sigma1: U64, aes0: U64, aes1: U64, alpha: U64, shift: i
     one = np.uint64(1)
     zero = np.uint64(0)
     position = np.uint64(shift)
+    seeds, others, words = sigma0.reshape(-1), sigma1.reshape(-1), cw.reshape(-1)
+    hashes, other_hashes = aes0.reshape(-1), aes1.reshape(-1)
     for i in range(sigma0.shape[0]):
-        a = sigma0[i, 1]
-        b = sigma0[i, 0] ^ a
-        delta_a = a ^ sigma1[i, 1]
-        delta_b = b ^ sigma1[i, 0] ^ sigma1[i, 1]
-        h_a = aes0[i, 0] ^ sigma0[i, 0]
-        h_b = aes0[i, 1] ^ a
+        j = 2 * i
+        a = seeds[j + 1]
+        b = seeds[j] ^ a
+        delta_a = a ^ others[j + 1]
+        delta_b = b ^ others[j] ^ others[j + 1]
+        h_a = hashes[j] ^ seeds[j]
+        h_b = hashes[j + 1] ^ a
         right = zero - ((alpha[i] >> position) & one)
-        cw_a = h_a ^ aes1[i, 0] ^ sigma1[i, 0] ^ (~right & delta_a)
-        cw_b = h_b ^ aes1[i, 1] ^ sigma1[i, 1] ^ (~right & delta_b)
-        cw[i, 0] = cw_a
-        cw[i, 1] = cw_b
+        cw_a = h_a ^ other_hashes[j] ^ others[j] ^ (~right & delta_a)
+        cw_b = h_b ^ other_hashes[j + 1] ^ others[j + 1] ^ (~right & delta_b)
+        words[j] = cw_a
+        words[j + 1] = cw_b
         take = zero - (a & one)
         a_next = h_a ^ (right & a) ^ (take & cw_a)
         b_next = h_b ^ (right & b) ^ (take & cw_b)
-        sigma0[i, 0] = a_next ^ b_next
-        sigma0[i, 1] = a_next
-        sigma1[i, 0] = a_next ^ delta_a ^ b_next ^ delta_b
-        sigma1[i, 1] = a_next ^ delta_a
+        seeds[j] = a_next ^ b_next
+        seeds[j + 1] = a_next
+        others[j] = a_next ^ delta_a ^ b_next ^ delta_b
+        others[j + 1] = a_next ^ delta_a
 
 
 @compiled

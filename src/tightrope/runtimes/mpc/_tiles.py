@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.runtimes.mpc._halftree import U8, compiled
+from tightrope.runtimes.mpc._halftree import U8, U64, compiled
 
 I64 = NDArray[np.int64]
 Words = NDArray[Any]  # uint64 or uint32
@@ -35,6 +35,16 @@ def tile_sums(x: Words, place: I64, patch: I64, first: I64, sums: Words) -> None
                     for w in range(tile * q, min(tile * q + q, W)):
                         total += x[n, place[g], h, w]
                     sums[n, row + tile] += total
+
+
+@compiled
+def beyond(sums: Words, limits: U64, trim: int, points: U64) -> None:
+    """points[n * tiles + tile] = sums[n, tile] - limits[tile], in the ring, without `trim` low bits."""
+    N, tiles = sums.shape
+    mask = ~np.uint64(0) >> np.uint64(64 - 8 * sums.itemsize)
+    for n in range(N):
+        for tile in range(tiles):
+            points[n * tiles + tile] = ((sums[n, tile] - limits[tile]) & mask) >> np.uint64(trim)
 
 
 @compiled

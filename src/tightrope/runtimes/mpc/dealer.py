@@ -81,7 +81,8 @@ def _gate(party: Party, step: Gate, batch: Batch) -> None:
     c = own.bits(comparisons)
     shares = gates.share_gate(step, r, c, client)
     bit0 = client.bits(comparisons)
-    roots = client.blocks(comparisons), server.blocks(comparisons)
+    keys = batch.size * step.tiles
+    roots = client.blocks(keys), server.blocks(keys)
     hash_key = own.raw(fss.HASH_KEY_BYTES)
     key_words, bit1 = fss.gen(
         gates.mask_points(step, r), c, step.bits, *roots, bit0, hash_key, threads=party.threads

@@ -20,7 +20,9 @@ if xhat' < alpha, and the leaf table finishes the comparison inside alpha's bloc
 
 A party's key is its root, the words (the same for both parties) and one bit; the words and bits are
 pseudorandom given the root, whatever alpha is, because the parity only adds local work on an ordinary key.
-Roots, words and bits are one-time: never evaluate two different xhat under one key.
+Roots, words and bits are one-time, for one opened value x + r. Comparing this x with several public thresholds
+reads one key at several points (as in Grotto: a party can evaluate its key wherever it likes), each with an
+output mask c and constant bits of its own.
 """
 
 from __future__ import annotations
@@ -68,20 +70,22 @@ def gen(
     threads: int = 1,
     out: U64 | None = None,
 ) -> tuple[U64, U8]:
-    """The dealer's side: keys for N DReLUs.
+    """The dealer's side: keys for N masked values.
 
-    r: uint64[N] input masks (bits from n upwards are ignored); c: uint8[N] output masks, 0 or 1;
-    root0, root1: uint64[N, 2] roots of the client (party 0) and the server (party 1), from their streams;
-    bit0: uint8[N] the client's constant bits, from its stream; hash_key: 32 fresh random bytes.
+    r: uint64[N] input masks (bits from n upwards are ignored); c: uint8[K * N] output masks, 0 or 1, for K
+    points at which each key will be evaluated; root0, root1: uint64[N, 2] roots of the client (party 0) and
+    the server (party 1), from their streams; bit0: uint8[K * N] the client's constant bits, from its stream;
+    hash_key: 32 fresh random bytes.
 
-    Returns (words uint64[word_levels(n), N, 2] for both parties, written into `out` if given; bit1 uint8[N]
-    for the server). Raises ProtocolError if a shape or dtype is not as stated.
+    Returns (words uint64[word_levels(n), N, 2] for both parties, written into `out` if given; bit1
+    uint8[K * N] for the server). Raises ProtocolError if a shape or dtype is not as stated.
     """
     levels = word_levels(n)
     count = r.shape[0]
     _check("r", r, np.uint64, (count,))
+    uses = c.size // count if count else 1
     for name, bits in (("c", c), ("bit0", bit0)):
-        _check(name, bits, np.uint8, (count,))
+        _check(name, bits, np.uint8, (uses * count,))
     for name, root in (("root0", root0), ("root1", root1)):
         _check(name, root, np.uint64, (count, 2))
     words = np.empty((levels, count, 2), np.uint64) if out is None else out
@@ -107,7 +111,7 @@ def gen(
 
     _over_chunks(work, count, threads)
     sign = ((r >> np.uint64(n - 1)) & np.uint64(1)).astype(np.uint8)
-    return words, sign ^ c ^ bit0 ^ np.uint8(1)
+    return words, np.tile(sign, uses) ^ c ^ bit0 ^ np.uint8(1)
 
 
 def evaluate(
@@ -133,7 +137,7 @@ def evaluate(
     def work(start: int, stop: int) -> None:
         tree, leaf = _hashes(hash_key, TILE)
         state = np.empty((TILE, 2), np.uint64)
-        sums = np.empty(TILE, np.uint8)
+        sums = np.empty(TILE, np.uint64)
         for lo in range(start, stop, TILE):
             hi = min(lo + TILE, stop)
             sigma, parity, x = state[: hi - lo], sums[: hi - lo], xhat[lo:hi]

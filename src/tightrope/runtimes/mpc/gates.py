@@ -118,13 +118,12 @@ def tile_sums(step: Gate, x: Words) -> Words:
 
 
 def mask_points(step: Gate, r: Words) -> U64:
-    """The masks of the comparisons, r_P >> trim, per piece and tile: uint64[pieces * N * tiles]."""
-    sums = (tile_sums(step, r) >> step.trim).astype(np.uint64)
-    return np.tile(sums.reshape(-1), len(step.pieces))
+    """The masks of the comparisons, r_P >> trim, per tile, whatever the piece: uint64[N * tiles]."""
+    return (tile_sums(step, r) >> step.trim).astype(np.uint64).reshape(-1)
 
 
 def compared_points(step: Gate, opened: Words) -> U64:
-    """The public side of the comparisons [sum > threshold * elements], as `mask_points`.
+    """The public side of the comparisons [sum > threshold * elements]: uint64[pieces, N * tiles].
 
     One unit of the compared value (2^trim) is subtracted for the strict comparison: the subtraction of two
     shifted values may carry, so a sum up to that far above the threshold may count as not above it; a sum
@@ -132,11 +131,11 @@ def compared_points(step: Gate, opened: Words) -> U64:
     """
     sums = tile_sums(step, opened)
     elements = layout(step).elements.astype(np.uint64)
-    parts = []
-    for piece in step.pieces:
-        limit = elements * np.uint64(piece.threshold % 2**64) + np.uint64(1 << step.trim)
-        parts.append(((sums - limit.astype(sums.dtype)) >> step.trim).astype(np.uint64).reshape(-1))
-    return np.concatenate(parts)
+    points = np.empty((len(step.pieces), sums.size), np.uint64)
+    for k, piece in enumerate(step.pieces):
+        limits = np.uint64(piece.threshold % 2**64) * elements + np.uint64(1 << step.trim)
+        kernels.beyond(sums, limits, step.trim, points[k])
+    return points
 
 
 def truncate(party: int, opened: Words, shares: Shares, shift: int) -> Words:
@@ -202,11 +201,18 @@ def _add_squares(
 
 
 def evaluate_bits(party: int, step: Gate, opened: Words, root: U64, shares: Shares, threads: int) -> U8:
-    """A party's shares of (b xor c) for every comparison, with the key in `shares`: words, bit, hash_key."""
+    """A party's shares of (b xor c) for every comparison, with the key in `shares`: words, bit, hash_key.
+
+    The pieces of a tile read one key, at as many public points, each with a mask c of its own.
+    """
     points = compared_points(step, opened)
-    key_words = shares["words"].reshape(-1, points.size, 2)
-    key = shares["hash_key"].tobytes()
-    return fss.evaluate(party, points, step.bits, root, key_words, shares["bit"], key, threads=threads)
+    key_words = shares["words"].reshape(-1, points.shape[1], 2)
+    key, bit = shares["hash_key"].tobytes(), shares["bit"].reshape(points.shape)
+    parts = [
+        fss.evaluate(party, x, step.bits, root, key_words, b, key, threads=threads)
+        for x, b in zip(points, bit, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def load_kernels(ring_bits: int) -> None:
@@ -220,7 +226,7 @@ def load_kernels(ring_bits: int) -> None:
     stream = Stream(bytes(32))  # a fixed key: nothing secret is here
     r = stream.ring(1, ring_bits)
     bits = np.zeros(2, np.uint8)
-    roots = stream.blocks(2)
+    roots = stream.blocks(1)
     shares = share_gate(step, r, bits, stream)
     shares["hash_key"] = np.zeros(fss.HASH_KEY_BYTES, np.uint8)
     key = shares["hash_key"].tobytes()

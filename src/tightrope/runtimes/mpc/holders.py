@@ -168,10 +168,10 @@ def _part(step: Truncate | Gate, share: Tensor) -> Words:
 
 def _client_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
     stream = party.streams["dealer"].open("opening", step.index, batch.counter)
-    size, fields, comparisons = _opening_shape(step)
+    size, fields, keys = _opening_shape(step)
     mask = stream.ring(batch.size * size, party.config.ring_bits)
     shares = {f.name: gates.draw(stream, f, batch.size) for f in fields}
-    roots = stream.blocks(batch.size * comparisons)
+    roots = stream.blocks(batch.size * keys)
     key = _message(party, step.offline, "dealer")
     if key is not None:
         shares |= party.receive(step, key, batch.size)
@@ -185,9 +185,9 @@ def _client_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
 
 def _server_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
     stream = party.streams["dealer"].open("opening", step.index, batch.counter)
-    size, _, comparisons = _opening_shape(step)
+    size, _, keys = _opening_shape(step)
     mask = stream.ring(batch.size * size, party.config.ring_bits)
-    roots = stream.blocks(batch.size * comparisons)
+    roots = stream.blocks(batch.size * keys)
     message = _message(party, step.offline, "dealer")
     shares = {} if message is None else party.receive(step, message, batch.size)
     message = _message(party, step.offline, "client")
@@ -196,9 +196,9 @@ def _server_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
 
 
 def _opening_shape(step: Truncate | Gate) -> tuple[int, tuple[Field, ...], int]:
-    """(elements opened, fields that the dealer shares, comparisons), per sample."""
+    """(elements opened, fields that the dealer shares, comparison keys), per sample."""
     if isinstance(step, Gate):
-        return step.opened_size, step.share_fields, step.drelus
+        return step.opened_size, step.share_fields, step.tiles
     return step.input.size, truncation_fields(step.input, step.input.size, step.shift), 0
 
 
