@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tightrope.errors import BudgetError
 from tightrope.solve.mckp import Block, solve
-from tightrope.types import Budget, Cost, Limit, Problem, total
+from tightrope.types import Budget, Cost, FloatArray, Limit, Problem, total
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def select(problem: Problem, budget: Budget) -> Selection:
     least = cheapest(problem, metric)
     if least > limit:
         raise infeasible(problem, budget, least)
-    room = max(limit - getattr(problem.fixed, metric), _least(problem, metric))  # whatever rounding does
+    fixed, most = getattr(problem.fixed, metric), _sum(problem, metric, np.max)
+    # whatever rounding does, the cheapest choice fits, and every choice where the dearest one does
+    room = most if fixed + most <= limit else max(limit - fixed, _sum(problem, metric, np.min))
     solution = solve([Block(t.loss, t.cost[metric]) for t in problem.tables], room)
     picked = {t.site: c for t, c in zip(problem.tables, solution.choices, strict=True)}
     return replace(price(problem, picked), loss=solution.loss, bound=min(solution.bound, solution.loss))
@@ -77,11 +79,11 @@ def infeasible(problem: Problem, budget: Budget, least: float) -> BudgetError:
 
 def cheapest(problem: Problem, metric: str) -> float:
     """The least that any choice costs in a quantity in which every table is priced."""
-    return float(getattr(problem.fixed, metric)) + _least(problem, metric)
+    return float(getattr(problem.fixed, metric)) + _sum(problem, metric, np.min)
 
 
-def _least(problem: Problem, metric: str) -> float:
-    return math.fsum(float(t.cost[metric].min()) for t in problem.tables for _ in t.loss)
+def _sum(problem: Problem, metric: str, which: Callable[[FloatArray], np.float64]) -> float:
+    return math.fsum(float(which(t.cost[metric])) for t in problem.tables for _ in t.loss)
 
 
 def price(problem: Problem, picked: Mapping[str, NDArray[np.intp]]) -> Selection:
