@@ -1,4 +1,4 @@
-"""What the benchmarks of the mpc runtime share: sessions with their memory watched, plans without training."""
+"""What the benchmarks of mpc share: sessions with their memory watched, plans without training."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def runs(program: Program, config: MPC, x: NDArray[Any], repeats: int, *, of: st
 
 
 def planned(graph: Graph, budget: str, seed: int = 0) -> tuple[Graph, Selection]:
-    """The network with the block_relu plan that the solver finds for `budget`, max-pools turned into averages.
+    """The network with the block_relu plan that the solver finds for `budget`, max-pools made averages.
 
     The losses are synthetic, no network was trained: a channel's share of pixels without a sign of their own
     times a log-normal weight. What is measured on such a plan are costs, never accuracy.

@@ -87,7 +87,7 @@ def raise_loopback() -> None:
 
 
 def own(what: str, count: int) -> tuple[Rows, float, float]:
-    """The ReLU's share of a session (the input is shared before, the result revealed after): s, bytes a value."""
+    """The ReLU alone (input shared before, result revealed after): rows, seconds, bytes a value."""
     shape = (count // 1024, 32, 32)
     relu = Relu(name="relu", inputs=(Program.INPUT,), shape=shape, patches=((1, 1),) * shape[0])
     last = Flatten(name="out", inputs=("relu",), shape=(count,))
@@ -97,9 +97,9 @@ def own(what: str, count: int) -> tuple[Rows, float, float]:
     measured = runs(program, MPC(fraction_bits=FRACTION_BITS, noise_bits=0), x, REPEATS, of="relu")
     spent = measured.online_of("relu")
     error = float(np.abs(measured.outputs - np.maximum(x, 0).reshape(1, -1)).max())
-    per_value = spent.online_bytes / count
+    per_value, fast = spent.online_bytes / count, measured.online_s <= BAR_S
     return [
-        row(f"{what}, TLS: online <= {BAR_S} s", round(measured.online_s, 3), "s", measured.online_s <= BAR_S),
+        row(f"{what}, TLS: online <= {BAR_S} s", round(measured.online_s, 3), "s", fast),
         row(f"{what}, TLS: online bytes a value, frames", round(per_value, 3), "bytes"),
         row(f"{what}, TLS: material a value, all links", measured.last.total.offline_bytes / count, "bytes"),
         row(f"{what}, TLS: offline phase", round(measured.offline_s, 3), "s"),

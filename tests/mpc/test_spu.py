@@ -1,7 +1,7 @@
 """Another group's three-party protocol on the same network: SPU's ABY3, where its environment is.
 
-    python -m venv SPU && SPU/bin/pip install spu==0.9.5
-    TIGHTROPE_SPU=SPU python -m pytest -m spu
+python -m venv SPU && SPU/bin/pip install spu==0.9.5
+TIGHTROPE_SPU=SPU python -m pytest -m spu
 """
 
 from __future__ import annotations
