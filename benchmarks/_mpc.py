@@ -1,4 +1,4 @@
-"""What the benchmarks of the mpc runtime share: sessions with their memory watched, plans without training."""
+"""What the benchmarks of mpc share: sessions with their memory watched, plans without training."""
 
 from __future__ import annotations
 
@@ -92,11 +92,8 @@ class Runs:
         return next(trace.cost for trace in self.last.ops if trace.op == op)
 
 
-def runs(program: Program, config: MPC, x: NDArray[Any], repeats: int, *, of: str | None = None) -> Runs:
-    """Run x in three processes, `repeats` times after one that warms up (none where repeats is 1).
-
-    of: the op whose time at the client is `online_s`, waiting for the server included; None: the whole phase.
-    """
+def runs(program: Program, config: MPC, x: NDArray[Any], repeats: int) -> Runs:
+    """Run x in three processes, `repeats` times after one that warms up (none where repeats is 1)."""
     with Memory() as memory:
         begun = time.perf_counter()
         with config.open(program, "execute") as session:
@@ -105,14 +102,13 @@ def runs(program: Program, config: MPC, x: NDArray[Any], repeats: int, *, of: st
                 session.run(x)
             found = [session.run(x) for _ in range(repeats)]
     totals = [measured.total for _, measured in found]
-    timed = [t.cost for _, m in found for t in m.ops if t.op == of] if of else totals
-    online = [t.online_ms / 1e3 for t in timed]
+    online = [t.online_ms / 1e3 for t in totals]
     offline_s = statistics.median(t.offline_ms for t in totals) / 1e3
     return Runs(*found[-1], setup_s, offline_s, statistics.median(online), memory.peak_bytes)
 
 
 def planned(graph: Graph, budget: str, seed: int = 0) -> tuple[Graph, Selection]:
-    """The network with the block_relu plan that the solver finds for `budget`, max-pools turned into averages.
+    """The network with the block_relu plan that the solver finds for `budget`, max-pools made averages.
 
     The losses are synthetic, no network was trained: a channel's share of pixels without a sign of their own
     times a log-normal weight. What is measured on such a plan are costs, never accuracy.

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_mpc.py [layer] [resnet18] [resnet50] [accuracy] [lite0 --packages SITE_PACKAGES]
 
-Three processes on this machine over TLS; times are medians over runs of one session after a first one, offline
-and online one after the other. Each part writes `results/mpc_PART.json`.
+Three processes on this machine over TLS; times are medians over runs of one session after a first one,
+offline and online one after the other. Each part writes `results/mpc_PART.json`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,9 @@ TRIM_BITS = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "parts", nargs="*", choices=[*PARTS, []], metavar="part", help=f"default: {', '.join(PARTS)}"
-    )
-    parser.add_argument(
-        "--packages", type=Path, help="site-packages with the weights and photographs of lite0"
-    )
+    choices, shown = [*PARTS, []], f"default: {', '.join(PARTS)}"
+    parser.add_argument("parts", nargs="*", choices=choices, metavar="part", help=shown)
+    parser.add_argument("--packages", type=Path, help="site-packages with weights and photographs for lite0")
     options = parser.parse_args()
     torch.set_num_threads(1)
     without_compiled_torchvision()
@@ -48,10 +45,8 @@ def main() -> None:
         rows = PARTS[part](options.packages)
         for found in rows:
             print(f"{found['bar']}: {found['value']} {found['unit']}", flush=True)
-        write(
-            f"mpc_{part}",
-            [{"issue": 2, "command": f"python benchmarks/bench_mpc.py {part}", **r} for r in rows],
-        )
+        command = f"python benchmarks/bench_mpc.py {part}"
+        write(f"mpc_{part}", [{"issue": 2, "command": command, **found} for found in rows])
 
 
 def phases(what: str, measured: Runs) -> Rows:
@@ -71,10 +66,12 @@ def phases(what: str, measured: Runs) -> Rows:
 
 
 def layer(_: Path | None) -> Rows:
-    """Bytes, frame headers and all, and rounds of one conv + ReLU inside a network, as counted by the parties."""
+    """Bytes, with frame headers, and rounds of one conv + ReLU in a network, as the parties count them."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 1)
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 8, 1),
     ).eval()  # fmt: skip
     shape = (16, 32, 32)
     x = torch.randn(16, *shape)
@@ -148,7 +145,7 @@ def resnet50(_: Path | None) -> Rows:
 
 
 def lite0_part(packages: Path | None) -> Rows:
-    """Real ImageNet weights on photographs; ranges from other photographs than the two that are classified."""
+    """Real ImageNet weights on a photograph; the ranges are from other photographs."""
     if packages is None:
         raise SystemExit("lite0 needs --packages: " + NEEDED)
     net, shape = lite0(packages), (3, 224, 224)
@@ -171,14 +168,11 @@ def lite0_part(packages: Path | None) -> Rows:
 
 
 def accuracy(_: Path | None) -> Rows:
-    """The demo network with all its ReLUs on test images of the full Fashion-MNIST; nothing was chosen by them."""
+    """The demo network with all its ReLUs on test images of Fashion-MNIST, by which nothing is chosen."""
     data = load("fashion-mnist")
     shape = data.input_shape
-    program = calibrated(
-        trace(models.resolve("demo"), shape).module,
-        shape,
-        next(data.batches("train", 512, shuffle=True, limit=512))[0],
-    )
+    seen = next(data.batches("train", 512, shuffle=True, limit=512))[0]
+    program = calibrated(trace(models.resolve("demo"), shape).module, shape, seen)
     x = torch.cat([batch for batch, _ in data.batches("test", 500, limit=IMAGES)])[:IMAGES].double().numpy()
     plain, _ = Plain().open(program).run(x)
     with MPC().open(program, "execute") as session:

@@ -49,6 +49,13 @@ def test_a_program_survives_its_files_bit_by_bit(program, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["program.json", "program.safetensors"]
 
 
+def test_a_program_of_no_weights_survives_the_pipe_to_its_server(tmp_path):
+    program = lower(Chain(torch.nn.ReLU()), SHAPE)
+    assert equal(program, Program.decode(program.structure(), program.weights(), tmp_path))
+    with pytest.raises(BundleError, match="damaged"):
+        Program.decode(program.structure(), b"", tmp_path)
+
+
 @settings(max_examples=25)
 @given(cnns())
 def test_random_programs_survive_their_files(tmp_path_factory, generated):

@@ -32,9 +32,8 @@ def test_the_small_ring_is_run_and_its_choice_is_kept(
     assert all(config[key] == kept[key] for key in ("fraction_bits", "weight_bits"))
     assert bundle.measurements()[0]["config"]["ring_bits"] == 32
     monkeypatch.setattr(ring, "fit", None)  # a second choice would fail
-    assert ring.settings(bundle, "32") == {
-        k: config[k] for k in ("ring_bits", "fraction_bits", "weight_bits")
-    }
+    small = {key: config[key] for key in ("ring_bits", "fraction_bits", "weight_bits")}
+    assert ring.settings(bundle, "32") == small
     assert ring.settings(bundle, "64") == {"ring_bits": 64}
 
 

@@ -1,4 +1,4 @@
-"""Which ring the mpc runtime uses for a bundle's network: checked on calibration images, kept in ring.json."""
+"""Which ring the mpc runtime uses for a bundle's network: checked on training images, kept in ring.json."""
 
 from __future__ import annotations
 

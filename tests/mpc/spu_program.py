@@ -1,7 +1,7 @@
 """Run a Program of plain ReLUs under SPU's ABY3, three parties in one process; with the interpreter of SPU.
 
-PYTHON spu_program.py STRUCTURE.json TENSORS.npz FRACTION_BITS: TENSORS has `x` and the weights, all secret; the
-outputs are written to TENSORS.npz.out.npy.
+PYTHON spu_program.py STRUCTURE.json TENSORS.npz FRACTION_BITS: TENSORS has `x` and the weights, all secret;
+the outputs are written to TENSORS.npz.out.npy.
 """
 
 from __future__ import annotations

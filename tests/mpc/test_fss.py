@@ -64,6 +64,22 @@ def test_every_mask_and_every_input(n: int) -> None:
         np.testing.assert_array_equal(keys.drelu(public), sign_of(public - r, n))
 
 
+@pytest.mark.parametrize("n", [4, 9, 10])
+def test_one_key_at_several_points(n: int) -> None:
+    """As a gate with several thresholds reads it: every point has its own output mask and constant bits."""
+    r = np.arange(1 << n, dtype=np.uint64)
+    source, uses = Material(n), 3
+    c, bit0 = source.bits(uses * len(r)), source.bits(uses * len(r))
+    roots, key = (source.words(len(r), 2), source.words(len(r), 2)), source.raw(32)
+    words, bit1 = fss.gen(r, c, n, *roots, bit0, key)
+    points = [r + np.uint64(offset) for offset in (0, 3, (1 << n) - 5)]
+    for x, *own in zip(points, *(np.split(bits, uses) for bits in (bit0, bit1, c)), strict=True):
+        shares = [fss.evaluate(p, x, n, roots[p], words, own[p], key) for p in (0, 1)]
+        np.testing.assert_array_equal(shares[0] ^ shares[1] ^ own[2], sign_of(x - r, n))
+    with pytest.raises(ProtocolError, match="does not fit"):
+        fss.gen(r, c[:-1], n, *roots, bit0, key)
+
+
 @pytest.mark.parametrize(
     ("n", "count"),
     [(n, 1 << 20) for n in (12, 16, 20, 32, 48, 64)]

@@ -37,6 +37,17 @@ def test_a_value_read_by_two_layers_is_opened_once() -> None:
     assert len(opened) == len(set(opened))
 
 
+def test_the_pieces_of_a_gate_share_their_keys() -> None:
+    """ReLU6 compares twice as often as ReLU, but with as many keys; by hand, from a gate's fields."""
+    for layer, pieces in ((nn.ReLU(), 1), (nn.ReLU6(), 2), (nn.Hardswish(), 2)):
+        model = nn.Sequential(nn.Conv2d(2, 3, 1), layer)
+        (gate,) = steps(calibrated(model, (2, 4, 4)), Gate)
+        assert gate.drelus == pieces * 3 * 16
+        words = next(f for f in gate.key_fields if f.name == "words")
+        assert words.count == 3 * 16 * (gate.bits - 8 + 1)
+        assert {f.count for f in gate.share_fields if f.name in ("bit", "choice")} == {gate.drelus}
+
+
 def test_the_parts_of_a_concatenation_are_truncated_and_opened_once() -> None:
     program = network("dense")
     truncated = [step.input.name for step in steps(program, Truncate)]

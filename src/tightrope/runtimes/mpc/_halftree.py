@@ -41,8 +41,8 @@ def descend(sigma: U64, aes: U64, cw: U64, x: U64, shift: int, parity: U64) -> N
     """One level for one party: step from node s to its child on bit `shift` of x.
 
     child(bit) = H(s) xor bit*s xor t*cw with H(s) = aes xor sigma(s). Where the bit is 0 the control bit of
-    the right sibling is added to bit 0 of `parity` (the others are noise): over both parties these bits sum to
-    [x < alpha] above the leaf. Flat arrays and words throughout, so that the compiler makes vectors of it.
+    the right sibling is added to bit 0 of `parity` (the others are noise): over both parties these bits sum
+    to [x < alpha] above the leaf. Flat arrays and words only, so that the compiler makes vectors of it.
     """
     one = np.uint64(1)
     zero = np.uint64(0)

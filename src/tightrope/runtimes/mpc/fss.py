@@ -20,9 +20,9 @@ if xhat' < alpha, and the leaf table finishes the comparison inside alpha's bloc
 
 A party's key is its root, the words (the same for both parties) and one bit; the words and bits are
 pseudorandom given the root, whatever alpha is, because the parity only adds local work on an ordinary key.
-Roots, words and bits are one-time, for one opened value x + r. Comparing this x with several public thresholds
-reads one key at several points (as in Grotto: a party can evaluate its key wherever it likes), each with an
-output mask c and constant bits of its own.
+Roots, words and bits are one-time, for one opened value x + r. Comparing this x with several public
+thresholds reads one key at several points (as in Grotto: a party can evaluate its key wherever it likes),
+each with an output mask c and constant bits of its own.
 """
 
 from __future__ import annotations

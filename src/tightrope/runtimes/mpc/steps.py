@@ -309,7 +309,7 @@ class Gate(Step):
 
     @property
     def key_fields(self) -> tuple[Field, ...]:
-        """What both parties need of the comparison keys, one per tile (their roots come from their streams)."""
+        """What both parties need of the comparison keys, one a tile (their roots come from their streams)."""
         words = Field("words", "block", word_levels(self.bits) * self.tiles)
         return (Field("hash_key", "byte", HASH_KEY_BYTES, fixed=True), words)
 
