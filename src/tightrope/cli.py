@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import typer
 
 from tightrope import __version__
+from tightrope.deploy import register
 from tightrope.errors import InputError, TightropeError
 from tightrope.recipe import Recipe
 from tightrope.view import View, accuracies, grid, measurement, percent, plan_summary
@@ -61,7 +62,7 @@ def verb(kept: str = "") -> Callable[[Verb], Verb]:
             except KeyboardInterrupt:
                 print(f"interrupted{kept and '; ' + kept}", file=sys.stderr)
                 raise typer.Exit(130) from None
-            if options["as_json"] and result is not None:
+            if options.get("as_json") and result is not None:
                 print(json.dumps(result))
 
         app.command()(command)
@@ -338,6 +339,9 @@ def demo(
     result["curve"] = curve(out, limit=500, as_json=as_json)
     result["report"] = report(out, as_json=as_json)
     return result
+
+
+register(verb())  # the verbs of parties on machines of their own
 
 
 def main() -> None:
