@@ -183,8 +183,9 @@ def test_three_machines_from_certificates_to_a_prediction_and_a_crash(home: Path
         assert "cannot reach dealer" in expect(2, client, f"tightrope infer {many} -c party.toml")
         service.send_signal(signal.SIGINT)
         assert service.wait(SOON_S) == 0
-    assert [e["event"] for e in events(dealer)][-2:] == ["stopping", "stopped"]
-    assert events(server)[-1]["event"] == "stopped"
+    for machine in (dealer, server):
+        names = [e["event"] for e in events(machine)]
+        assert "stopping" in names and names[-1] == "stopped"
     assert not [e for machine in (server, dealer) for e in events(machine) if e["event"] == "bug"]
 
 
