@@ -17,6 +17,7 @@ import typer
 
 from tightrope.arguments import AsJson, BudgetText, BundleDir, Network, Out, Overwrite, Profile
 from tightrope.command import Json, app, verb
+from tightrope.deploy import register
 from tightrope.errors import InputError, TightropeError
 from tightrope.recipe import Recipe
 from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted, times
@@ -353,6 +354,9 @@ def demo(
     result["curve"] = curve(out, limit=500, as_json=as_json)
     result["report"] = report(out, as_json=as_json)
     return result
+
+
+register(verb())  # the verbs of parties on machines of their own
 
 
 def main() -> None:

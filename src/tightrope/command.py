@@ -33,7 +33,7 @@ def verb(kept: str = "") -> Callable[[Verb], Verb]:
             except KeyboardInterrupt:
                 print(f"interrupted{kept and '; ' + kept}", file=sys.stderr)
                 raise typer.Exit(130) from None
-            if options["as_json"] and result is not None:
+            if options.get("as_json") and result is not None:
                 print(json.dumps(result))
 
         app.command()(command)

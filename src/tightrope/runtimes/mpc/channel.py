@@ -19,6 +19,7 @@ from tightrope.runtimes.mpc.keys import Role
 BEAT_S = 1.0
 STEP_S = 3600.0  # the longest wait for one frame, whatever signs of life the peer gives
 FAREWELL_BYTES = 500
+FAREWELL_S = 0.5
 U8 = NDArray[np.uint8]
 Part = NDArray[np.generic] | bytes
 
@@ -134,7 +135,8 @@ class Channel:
         try:
             self._link.send([memoryview(header.pack()), *views])
         except LinkError as error:
-            raise self._fail(f"cannot send to {self.peer}", step, str(error)) from error
+            self._failure = self._last_words(step)
+            raise self._failure or self._fail(f"cannot send to {self.peer}", step, str(error)) from error
         self._sent += 1
         self._last_sent = time.monotonic()
         self.traffic.sent.setdefault((step, tag), Count()).add(HEADER_BYTES + payload_bytes, round_)
@@ -229,6 +231,14 @@ class Channel:
                 return header
             if time.monotonic() > deadline:
                 raise LinkError("signs of life, but no frame in time")
+
+    def _last_words(self, step: int) -> ProtocolError | None:
+        """The farewell of a peer that is gone, if that is what comes next."""
+        with suppress(LinkError, ProtocolError):
+            header = self._header(FAREWELL_S)
+            if header.tag == ENDED:
+                return self._ended(header, step)
+        return None
 
     def _ended(self, header: Header, step: int) -> ProtocolError:
         """What the peer's farewell says, made safe to print."""

@@ -41,7 +41,7 @@ class Listener:
                 f"{own} cannot listen",
                 where=f"{host}:{port}",
                 got=error.strerror,
-                fix="another port, or port 0 for any free one",
+                fix="another port, or another address to listen on",
             ) from error
         self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]

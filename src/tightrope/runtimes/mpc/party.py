@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import time
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrope.errors import ProtocolError
-from tightrope.program import Program
+from tightrope.program import Program, Relu
 from tightrope.runtimes.mpc import fss
 from tightrope.runtimes.mpc.channel import Channel, Clock, Count
 from tightrope.runtimes.mpc.config import MPC
@@ -28,6 +29,7 @@ from tightrope.types import Json
 PROTOCOL_VERSION = 1
 MAX_HELLO_BYTES = 4096
 MAX_SHOWN = 200
+MAX_DIFFERENCES = 4
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -168,6 +170,14 @@ def _empty(f: Field, batch: int) -> NDArray[Any]:
     return np.empty(f.bytes(batch) // np.dtype(dtype).itemsize, dtype)
 
 
+def terms(program: Program, config: MPC) -> dict[str, Json]:
+    """What all parties must have in common, whoever they are: SHA-256 of the whole public structure (with the
+    calibrated ranges) and of the plan alone (every patch), ring, precision, margins."""
+    patches = [[op.name, op.patches] for op in program.ops if isinstance(op, Relu)]
+    plan = hashlib.sha256(json.dumps(patches).encode()).hexdigest()
+    return {"program": program.sha256(), "plan": plan, **config.agreed()}
+
+
 def introduce(
     role: Role,
     channels: Mapping[Role, Channel],
@@ -179,14 +189,13 @@ def introduce(
     """Compare with every peer what all must agree on, and agree on pairwise seeds (X25519).
 
     `certificate`: the own one's fingerprint, where there is TLS. Returns the streams shared with each peer,
-    and under `role` private ones. Raises ProtocolError, with both values, at the first thing that differs:
-    protocol version, session, program (and so the plan), configuration, or who the parties are.
+    and under `role` private ones. Raises ProtocolError, with both values of all that differs: protocol
+    version, session, program, plan, ring, precision, or who the parties are.
     """
     own = {
         "protocol version": PROTOCOL_VERSION,
         "session": session.hex(),
-        "program": program.sha256(),
-        **config.agreed(),
+        **terms(program, config),
         f"certificate of {role}": certificate,
         **{f"certificate of {peer}": channel.certificate for peer, channel in channels.items()},
     }
@@ -197,15 +206,15 @@ def introduce(
     streams = {role: Streams(secrets.token_bytes(SEED_BYTES), session)}
     for peer, channel in channels.items():
         theirs, key = _read_hello(peer, channel.recv_bounded(0, Tag.HELLO, MAX_HELLO_BYTES))
-        for name in [*own, *(theirs.keys() - own.keys())]:
-            if own.get(name) != theirs.get(name):
-                raise ProtocolError(
-                    f"{peer} and {role} disagree about the {_shown(name)}",
-                    where=role,
-                    got=_shown(theirs.get(name)),
-                    allowed=_shown(own.get(name)),
-                    fix="give all parties the same program, configuration and release",
-                )
+        differ = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)][:MAX_DIFFERENCES]
+        if differ:
+            raise ProtocolError(
+                f"{peer} and {role} disagree about the {', '.join(map(_shown, differ))}",
+                where=role,
+                got=", ".join(_shown(theirs.get(name)) for name in differ) + f" ({peer})",
+                allowed=", ".join(_shown(own.get(name)) for name in differ) + f" ({role})",
+                fix="give all parties the same program, configuration and release",
+            )
         streams[peer] = Streams(exchanges[peer].seed(key, role, peer, session), session)
     return streams
 

@@ -55,6 +55,8 @@ class ProcessTeam:
         self._failure: TightropeError | None = None
         self._errors: dict[Role, IO[bytes]] = {}
         self._commands: Commands = {}
+        self._begun: set[Role] = set()  # who works ahead, and what they have answered
+        self._early: dict[Role, Answer] = {}
         self._end = weakref.finalize(self, _kill, self._processes, self._commands)
         try:
             self._start(program, session, make_credentials(days=CERTIFICATE_DAYS))
@@ -99,6 +101,10 @@ class ProcessTeam:
             replies[role] = (control.report_from_json(head["report"]), result)
         return replies
 
+    def ahead(self, size: int) -> None:
+        self._commands["dealer"].put(({"command": "offline", "size": size}, b""))
+        self._begun.add("dealer")
+
     def _ask(
         self,
         phase: str,
@@ -109,7 +115,10 @@ class ProcessTeam:
         """Send every role its command and wait for all answers, as long as somebody shows signs of life."""
         if self._failure is not None:
             raise self._failure
+        begun, self._begun = (self._begun, set()) if phase == "offline" else (set(), self._begun)
         for role, head in heads.items():
+            if role in begun:
+                continue
             self._commands[role].put((head, (bodies or {}).get(role, b"")))
         try:
             return self._answers(phase, tuple(heads), silence_s)
@@ -118,7 +127,7 @@ class ProcessTeam:
             raise
 
     def _answers(self, phase: str, roles: tuple[Role, ...], silence_s: float) -> dict[Role, Answer]:
-        answers: dict[Role, Answer] = {}
+        answers = {role: self._early.pop(role) for role in roles if role in self._early}
         while waiting := [role for role in roles if role not in answers]:
             try:
                 role, answer, body = self._events.get(timeout=silence_s)
@@ -128,7 +137,7 @@ class ProcessTeam:
             if "error" in answer:
                 raise self._fail(phase, {role: answer})
             if "beat" not in answer:
-                answers[role] = (answer, body)
+                (answers if role in roles else self._early)[role] = (answer, body)
         return answers
 
     def _fail(self, phase: str, reports: dict[Role, Mapping[str, Json]]) -> TightropeError:

@@ -6,7 +6,7 @@ import platform
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from itertools import permutations
+from itertools import permutations, zip_longest
 from types import TracebackType
 from typing import Any, Literal
 
@@ -39,21 +39,24 @@ def open_session(program: Program, config: MPC, mode: Literal["simulate", "execu
     return begin(program, config, mode, schedule, team)
 
 
-def begin(program: Program, config: MPC, mode: str, schedule: Schedule, team: Team) -> MPCSession:
-    """A session of parties that have shaken hands: the server shares its weights."""
+def begin(
+    program: Program, config: MPC, mode: str, schedule: Schedule, team: Team, batch: int | None = None
+) -> MPCSession:
+    """A session of parties that have shaken hands: the server shares its weights. `batch`: see MPCSession."""
     try:
         setup = _call(team, "setup", 0)
     except BaseException:
         team.close()
         raise
-    return MPCSession(program.public(), config, mode, schedule, team, _links(_reports(setup)))
+    return MPCSession(program.public(), config, mode, schedule, team, _links(_reports(setup)), batch)
 
 
 class MPCSession:
     """A context manager that owns the parties. `setup_links`: what sharing the weights took, once, in bytes.
 
-    Whoever calls `run` plays the client, and here also started the server: on one machine, one user sees both
-    the image and the weights. What the processes of the three parties see is what the protocol gives them.
+    Whoever calls `run` plays the client. In the modes `simulate` and `execute` he also started the server: on
+    one machine, one user sees both the image and the weights. What the processes of the three parties see is
+    what the protocol gives them. `batch`: the size of every batch, where material was made ahead for it.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class MPCSession:
         schedule: Schedule,
         team: Team,
         setup_links: Mapping[str, int],
+        batch: int | None = None,
     ) -> None:
         self.program = program
         self.config = config
@@ -71,11 +75,14 @@ class MPCSession:
         self.setup_links = dict(setup_links)
         self._schedule = schedule
         self._team = team
+        self._batch = batch
 
     def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
         """(N, *input_shape) -> (N, *output shape), what the client learns, and what all of it cost.
 
-        Per op, online_ms is the client's time, waiting included, and offline_ms the dealer's.
+        Per op, online_ms is the client's time, waiting included, and offline_ms the dealer's. In all,
+        offline_ms is that of the slowest party; what the dealer makes of it while the batch before is online
+        is counted there too.
 
         Raises InputError for an input of another shape, not finite, or beyond its calibrated range times
         `input_margin`, and for a result beyond its own times the margin, where something must have been out
@@ -85,8 +92,11 @@ class MPCSession:
         self.program.check_input(x)
         self._check_range(x)
         outputs, spent, start = [], [], 0
-        for size in pieces(self.program, self._schedule, self.config, len(x)):
+        sizes = self._sizes(len(x))
+        for size, following in zip_longest(sizes, sizes[1:]):
             offline = _call(self._team, "offline", size)
+            if following is not None:
+                self._team.ahead(following)
             online = _call(self._team, "online", size, x[start : start + size])
             start += size
             y = online["client"][1]
@@ -96,6 +106,13 @@ class MPCSession:
             outputs.append(y)
             spent.append(self._spent(size, _reports(offline), _reports(online)))
         return np.concatenate(outputs), self._measurement(len(x), joined(spent))
+
+    def _sizes(self, count: int) -> tuple[int, ...]:
+        if self._batch is None:
+            return pieces(self.program, self._schedule, self.config, count)
+        if count % self._batch:
+            raise InputError("the material is for whole batches", got=f"{count} images", allowed=self._batch)
+        return (self._batch,) * (count // self._batch)
 
     def _check_result(self, y: NDArray[np.float64]) -> None:
         noise = 2.0**-self.config.noise_bits if self.config.noise_bits else 0.0
@@ -145,7 +162,10 @@ class MPCSession:
         whole = replace(
             total(ops.values()),
             online_ms=client.elapsed_ms,
-            offline_ms=max(report.elapsed_ms for report in offline.values()),
+            offline_ms=max(
+                sum(dealer.milliseconds.values()),
+                *(report.elapsed_ms for role, report in offline.items() if role != "dealer"),
+            ),
         )
         return Costs(ops, whole, _links(online), _links(offline), {})
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -35,6 +36,10 @@ Reply = tuple[PhaseReport, NDArray[np.float64] | None]
 class Team(Protocol):
     def call(self, command: Command, size: int, x: NDArray[Any] | None = None) -> dict[Role, Reply]:
         """Return when all who take part are done. x goes to the client, whose reply has the result."""
+
+    def ahead(self, size: int) -> None:
+        """Let the dealer begin with the material of the next batch while the others run this one; the call of
+        "offline" that follows is for that size, and waits for what is still to do."""
 
     def close(self) -> None:
         """Release everything; can be called again."""
@@ -159,17 +164,28 @@ class LocalTeam:
             known = program if role == "server" else program.public()
             return seat(role, known, schedule, config, session, self._channels[role], clocks[role])
 
+        self._begun: dict[Role, Future[Reply]] = {}
         self.workers: dict[Role, Worker] = self._all(take_seat, ROLES)
 
     def call(self, command: Command, size: int, x: NDArray[Any] | None = None) -> dict[Role, Reply]:
         def obey(role: Role) -> Reply:
             return self.workers[role].obey(command, size, x if role == "client" else None)
 
-        return self._all(obey, TAKES_PART[command])
+        begun, self._begun = (self._begun, {}) if command == "offline" else ({}, self._begun)
+        return self._all(obey, TAKES_PART[command], begun)
 
-    def _all(self, work: Callable[[Role], T], roles: tuple[Role, ...]) -> dict[Role, T]:
+    def ahead(self, size: int) -> None:
+        self._begun["dealer"] = self._pool.submit(self.workers["dealer"].obey, "offline", size, None)
+
+    def _all(
+        self,
+        work: Callable[[Role], T],
+        roles: tuple[Role, ...],
+        begun: Mapping[Role, Future[T]] = MappingProxyType({}),
+    ) -> dict[Role, T]:
         """Run one call per party; the first failure closes all channels, so that the others end too."""
-        running = {role: self._pool.submit(work, role) for role in roles}
+        running = dict(begun)
+        running |= {role: self._pool.submit(work, role) for role in roles if role not in running}
         done, _ = wait(running.values(), return_when=FIRST_EXCEPTION)
         error = next((future.exception() for future in done if future.exception()), None)
         if error is not None:

@@ -155,8 +155,10 @@ def connect(
     *,
     within_s: float,
     timeout_s: float,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Channel:
-    """A channel to `peer`, trying again for within_s seconds while nobody listens; timeout_s: of the channel.
+    """A channel to `peer`, trying again for within_s seconds while nobody listens, unless `stopped` says that
+    this party ends; timeout_s: of the channel.
 
     Raises InputError for an unknown host, ProtocolError if nobody listens or the one who does is not `peer`.
     """
@@ -170,11 +172,11 @@ def connect(
         except OSError as error:
             if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
                 raise InputError("unknown host", where=f"{host}:{port}", got=error.strerror) from error
-            if time.monotonic() + RETRY_S >= deadline:
+            if time.monotonic() + RETRY_S >= deadline or stopped():
                 raise ProtocolError(
                     f"{own} cannot reach {peer}",
                     where=f"{host}:{port}",
-                    got=f"{_reason(error)}, for {within_s:g} s",
+                    got=f"{_reason(error)}, for {within_s:g} s at most",
                     fix=f"start {peer} first, or check its address",
                 ) from error
             time.sleep(RETRY_S)

@@ -123,12 +123,14 @@ def _start(commands: SimpleQueue[Command], replies: Replies) -> Worker:
     ports = commands.get()[0]["ports"]
     clock = Clock()
     channels: dict[Role, Channel] = {}
-    limits = {"within_s": CONNECT_S, "timeout_s": config.timeout_s}
+    timeout_s = config.timeout_s
     for peer in CONNECTS[role]:
         context = tls_context(own, accepts=False)
-        channels[peer] = connect(HOST, ports[peer], context, role, peer, clock, **limits)
+        channels[peer] = connect(
+            HOST, ports[peer], context, role, peer, clock, within_s=CONNECT_S, timeout_s=timeout_s
+        )
     if listener is not None:
-        channels |= listener.accept(set(ACCEPTS[role]), clock, **limits)
+        channels |= listener.accept(set(ACCEPTS[role]), clock, within_s=CONNECT_S, timeout_s=timeout_s)
         listener.close()
     worker = seat(role, program, schedule, config, session, channels, clock, own.fingerprint)
     replies.write({"ready": True})

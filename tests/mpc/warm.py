@@ -1,0 +1,7 @@
+"""Imported by the process from which `parties` are forked: all that a party would spend time on."""
+
+import tightrope.runtimes.mpc.remote
+import tightrope.runtimes.mpc.service  # noqa: F401
+from tightrope.runtimes.mpc import gates
+
+gates.load_kernels(64)
