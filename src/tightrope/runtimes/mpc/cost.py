@@ -99,7 +99,7 @@ def of_schedule(program: Program, schedule: Schedule, batch: int) -> Costs:
 def structural(program: Program, op: str, batch: int) -> Cost:
     """MACs and weights of an op, which no runtime changes; the weights count once, whatever the batch."""
     base = base_cost(program.op(op))
-    return replace(base.scaled(batch), drelus=0, weights=base.weights)
+    return replace(base.scaled(batch), drelus=0, weights=base.weights, ckks_levels=0)
 
 
 def _pass(clock: dict[str, int], exchange: tuple[Message, ...]) -> None:
@@ -168,7 +168,8 @@ def prices(program: Program, config: MPC) -> dict[str, Cost]:
 
 def _price(op: Op, steps: tuple[Step, ...]) -> Cost:
     online = [m for step in steps for exchange in step.online for m in exchange]
-    base = replace(base_cost(op), drelus=sum(step.drelus for step in steps)) if steps else base_cost(op)
+    base = replace(base_cost(op), ckks_levels=0)
+    base = replace(base, drelus=sum(step.drelus for step in steps)) if steps else base
     return base + Cost(
         online_bytes=sum(_payload(m) for m in online),
         offline_bytes=sum(_payload(m) for step in steps for m in step.offline),
