@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import polynomial
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from tightrope.errors import InputError, near
 from tightrope.methods.paf.remez import epsilon_for, minimax_composite
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Coefficients = tuple[float, ...]
 
 # Of x, x^3, x^5, ...: Cheon et al. 2020 (f and g), Lee et al. 2021 (a7).
@@ -80,7 +81,7 @@ class Paf:
 
     def __call__(self, x: ArrayLike) -> Array:
         """p(x)."""
-        y = np.asarray(x, np.float64)
+        y: Array = np.asarray(x, np.float64)
         for stage in self.stages:
             y = polynomial.polyval(y, stage)
         return y
