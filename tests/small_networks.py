@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tightrope.lower import lower
-from tightrope.nn import BlockReLU
+from tightrope.nn import BlockReLU, PolynomialActivation
 from tightrope.program import Program
 from tightrope.runtimes.plain import ranges
 
@@ -144,6 +144,31 @@ class Squeeze(nn.Module):
         return self.fc(self.head(x).mean((2, 3)))
 
 
+SIGN = [[0, 2.076171875, 0, -1.3271484375], [0, 1.5, 0, -0.5]]
+
+
+class Polynomials(nn.Module):
+    """A composite ReLU, a quadratic per channel, on averages of nine, on a residual and on a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(2, 4, 3, 1, 1),
+            PolynomialActivation.relu(SIGN, scale=4.0),
+            nn.Conv2d(4, 4, 3, 2, 1),
+            PolynomialActivation(torch.randn(1, 4, 3), gated=False),
+            nn.AvgPool2d(3, 1, 1),
+            PolynomialActivation.relu([SIGN[0]], scale=8.0),
+        )
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.act = PolynomialActivation.relu([SIGN[1]], scale=12.0)
+        self.fc = nn.Sequential(nn.Linear(4, 5), PolynomialActivation([[0.25, 0.5]], gated=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.fc(self.act(self.conv(x) + x).mean((2, 3)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "dense": Dense,
@@ -151,6 +176,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "patches": Patches,
     "pools": Pools,
     "squeeze": Squeeze,
+    "polynomials": Polynomials,
 }
 INPUT = (2, 7, 9)
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tightrope.errors import InputError, TightropeError, TraceError, near
-from tightrope.nn import BlockReLU
+from tightrope.nn import BlockReLU, PolynomialActivation
 from tightrope.types import Site
 
-LEAVES: tuple[type[nn.Module], ...] = (BlockReLU,)
+LEAVES: tuple[type[nn.Module], ...] = (BlockReLU, PolynomialActivation)
 
 # kinds of module that are a choice for some method; the nonlinear part of a network
 KINDS: dict[type[nn.Module], str] = {
@@ -35,6 +35,7 @@ KINDS: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
     nn.MaxPool2d: "max_pool",
     BlockReLU: "block_relu",
+    PolynomialActivation: "polynomial",
 }
 
 

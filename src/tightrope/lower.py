@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from tightrope.errors import TraceError
 from tightrope.graph import Graph, trace
-from tightrope.nn import BlockReLU
+from tightrope.nn import BlockReLU, PolynomialActivation
 from tightrope.program import (
     Add,
     AvgPool2d,
@@ -29,6 +29,7 @@ from tightrope.program import (
     Mul,
     Op,
     Pad,
+    Polynomial,
     Program,
     Relu,
     Sigmoid,
@@ -40,7 +41,8 @@ Handler = Callable[["_Lowering", fx.Node, str, Any], str]
 
 
 def lower(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
-    """Trace `model` (eval mode) and write it as a Program; weights in float32, folded in float64.
+    """Trace `model` (eval mode) and write it as a Program; weights in float32, folded in float64, and the
+    coefficients of polynomials in float64.
 
     Raises TraceError naming the op when the network uses one that Programs do not have.
     """
@@ -67,11 +69,14 @@ class _Lowering:
                 output = self.value(node.args[0])
             elif node.name in self.graph.shapes:
                 self.values[node.name] = self._lower(node)
-        arrays = {k: np.ascontiguousarray(v.float().numpy()) for k, v in self.tensors.items()}
         live = self._live(output)
         ops = tuple(op for op in self.ops.values() if op.name in live)
-        arrays = {k: v for k, v in arrays.items() if k.rpartition(".")[0] in live}
+        arrays = {f"{op.name}.{part}": self._frozen(op, part) for op in ops for part in op.parts}
         return Program(ops, self.graph.input_shape, output, arrays)
+
+    def _frozen(self, op: Op, part: str) -> Any:
+        tensor = self.tensors[f"{op.name}.{part}"]
+        return np.ascontiguousarray((tensor if isinstance(op, Polynomial) else tensor.float()).numpy())
 
     def _live(self, output: str) -> set[str]:
         live = {output}
@@ -213,6 +218,16 @@ def _unary(cls: type[Op]) -> Handler:
     return handler
 
 
+def _polynomial(low: _Lowering, node: fx.Node, name: str, m: PolynomialActivation) -> str:
+    _refuse(
+        m.dynamic, "a polynomial scaled by its batch cannot be frozen: freeze() its scale", name, "dynamic"
+    )
+    source = low.value(node.args[0])
+    degrees = tuple(stage.shape[-1] - 1 for stage in m.stages)
+    op = Polynomial(name=name, inputs=(source,), shape=low.shape(source), stages=degrees, gated=m.gated)
+    return low.emit(op, **{f"stage{k}": stage for k, stage in enumerate(m.folded())})
+
+
 def _max_pool(low: _Lowering, node: fx.Node, name: str, m: nn.MaxPool2d) -> str:
     op = MaxPool2d(
         name=name,
@@ -344,13 +359,8 @@ def _upsample(low: _Lowering, node: fx.Node, name: str, m: nn.Upsample | None) -
     given = _given(node, m, "mode align_corners" if m is not None else "size scale_factor mode align_corners")
     mode = str(given.get("mode", "nearest"))
     (H, W), (h, w) = low.shape(source)[1:], low.graph.shapes[node.name][1:]
-    bad = bool(
-        h % H
-        or w % W
-        or mode not in ("nearest", "bilinear")
-        or given.get("align_corners")
-        or given.get("antialias")
-    )
+    bad = bool(h % H or w % W or given.get("align_corners") or given.get("antialias"))
+    bad |= mode not in ("nearest", "bilinear")
     what = "only nearest or bilinear (align_corners=False) by whole factors"
     _refuse(bad, what, name, (H, W, h, w, mode))
     shape = low.graph.shapes[node.name]
@@ -362,6 +372,7 @@ MODULES: dict[type[nn.Module], Handler] = {
     nn.Linear: _linear,
     nn.BatchNorm2d: _batch_norm,
     **dict.fromkeys((nn.ReLU, nn.ReLU6, BlockReLU), _relu),
+    PolynomialActivation: _polynomial,
     nn.Sigmoid: _unary(Sigmoid),
     nn.Hardsigmoid: _unary(HardSigmoid),
     nn.SiLU: _unary(Silu),

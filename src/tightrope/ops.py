@@ -13,6 +13,7 @@ from tightrope.types import Cost
 
 Pair = tuple[int, int]
 Shape = tuple[int, ...]
+MAX_DEGREE = 63  # of one stage of a polynomial: more is numerically hopeless in powers of x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,11 @@ class Op:
     name: str
     inputs: tuple[str, ...]
     shape: Shape
+
+    @property
+    def parts(self) -> dict[str, tuple[Shape, ...]]:
+        """The secret tensors, `NAME.part` in the Program, and the shapes that each may have."""
+        return {}
 
     def result(self, *inputs: Shape) -> Shape:
         """The shape that this op makes of inputs of these shapes. Raises ValueError when it cannot."""
@@ -46,6 +52,10 @@ class Conv2d(Op):
     def weight_shape(self) -> Shape:
         return (self.shape[0], self.in_channels // self.groups, *self.kernel)
 
+    @property
+    def parts(self) -> dict[str, tuple[Shape, ...]]:
+        return {"weight": (self.weight_shape,), "bias": (self.weight_shape[:1],)}
+
     def result(self, *inputs: Shape) -> Shape:
         ((C, H, W),) = inputs
         _require(self.in_channels == C, f"{self.in_channels} channels, got {C}")
@@ -67,6 +77,10 @@ class Linear(Op):
     @property
     def weight_shape(self) -> Shape:
         return (self.shape[-1], self.in_features)
+
+    @property
+    def parts(self) -> dict[str, tuple[Shape, ...]]:
+        return {"weight": (self.weight_shape,), "bias": (self.weight_shape[:1],)}
 
     def result(self, *inputs: Shape) -> Shape:
         (x,) = inputs
@@ -203,6 +217,39 @@ class HardSwish(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Polynomial(Op):
+    """A polynomial activation: y = p_k(...p_1(x)), or x times that if `gated` (ReLU: p near 0 and 1).
+
+    `stages` are the degrees of p_1 (applied first) to p_k, scales folded in. The secret tensor `stageI` holds
+    the float64 coefficients of p_(I+1) in ascending order, (degree + 1,) or per channel (C, degree + 1).
+    """
+
+    kind = "polynomial"
+    stages: tuple[int, ...]
+    gated: bool = False
+
+    @property
+    def levels(self) -> int:
+        """Multiplicative depth: ceil(log2(degree + 1)) a stage, and one for the gate."""
+        return sum(degree.bit_length() for degree in self.stages) + self.gated
+
+    @property
+    def parts(self) -> dict[str, tuple[Shape, ...]]:
+        return {
+            f"stage{k}": ((degree + 1,), (self.shape[0], degree + 1)) for k, degree in enumerate(self.stages)
+        }
+
+    def result(self, *inputs: Shape) -> Shape:
+        (x,) = inputs
+        _require(len(self.stages) > 0, "at least one stage")
+        _require(
+            all(type(d) is int and 1 <= d <= MAX_DEGREE for d in self.stages), f"degrees 1..{MAX_DEGREE}"
+        )
+        _require(len(x) in (1, 3), f"(C, H, W) or (C,), got {x}")
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pad(Op):
     """Zeros around the map: (left, right, top, bottom)."""
 
@@ -240,7 +287,7 @@ OPS: dict[str, type[Op]] = {
     cls.kind: cls
     for cls in (
         Conv2d, Linear, Add, Mul, Concat, AvgPool2d, GlobalAvgPool, MaxPool2d, Relu, Sigmoid,
-        HardSigmoid, Silu, HardSwish, Pad, Upsample, Flatten,
+        HardSigmoid, Silu, HardSwish, Polynomial, Pad, Upsample, Flatten,
     )
 }  # fmt: skip
 WEIGHTED = (Conv2d, Linear)
@@ -270,9 +317,10 @@ def _pooled(size: Pair, kernel: Pair, stride: Pair, dilation: Pair, padding: Pai
 
 
 def base_cost(op: Op) -> Cost:
-    """DReLUs, MACs and weights of one op per sample: the part of a cost that every runtime shares.
+    """DReLUs, MACs, weights and polynomial levels of one op per sample: what every runtime shares.
 
-    A max-pool compares k - 1 times per output; ReLU6, hard-sigmoid and hard-swish compare twice.
+    A max-pool compares k - 1 times per output; ReLU6, hard-sigmoid and hard-swish compare twice. What levels
+    linear maps take depends on how a CKKS runtime packs and merges them, so that is its own to say.
     """
     size = math.prod(op.shape)
     if isinstance(op, WEIGHTED):
@@ -285,4 +333,6 @@ def base_cost(op: Op) -> Cost:
         return Cost(drelus=size * (math.prod(op.kernel) - 1))
     if isinstance(op, HardSigmoid | HardSwish):
         return Cost(drelus=2 * size)
+    if isinstance(op, Polynomial):
+        return Cost(ckks_levels=op.levels)
     return Cost()

@@ -35,6 +35,7 @@ from tightrope.ops import (
     Op,
     Pad,
     Pair,
+    Polynomial,
     Relu,
     Shape,
     Sigmoid,
@@ -46,8 +47,8 @@ from tightrope.types import SCHEMA, atomic_write, check_schema
 
 __all__ = [
     "OPS", "WEIGHTED", "Add", "AvgPool2d", "Concat", "Conv2d", "Flatten", "GlobalAvgPool", "HardSigmoid",
-    "HardSwish", "Linear", "MaxPool2d", "Mul", "Op", "Pad", "Pair", "Program", "Relu", "Sigmoid", "Silu",
-    "Upsample", "base_cost",
+    "HardSwish", "Linear", "MaxPool2d", "Mul", "Op", "Pad", "Pair", "Polynomial", "Program", "Relu",
+    "Sigmoid", "Silu", "Upsample", "base_cost", "deepest",
 ]  # fmt: skip
 
 Array = NDArray[Any]
@@ -203,16 +204,23 @@ class Program:
 
     def _check_tensors(self, where: Path) -> None:
         for op in self.ops:
-            if isinstance(op, WEIGHTED):
-                for suffix, shape in (("weight", op.weight_shape), ("bias", op.weight_shape[:1])):
-                    tensor = self.tensors.get(f"{op.name}.{suffix}")
-                    if tensor is None or tensor.shape != shape or not np.isfinite(tensor).all():
-                        raise BundleError(
-                            f"a weight is missing, not finite or of the wrong shape: {op.name}.{suffix}",
-                            where=str(where),
-                            got=None if tensor is None else tensor.shape,
-                            allowed=shape,
-                        )
+            for part, shapes in op.parts.items():
+                tensor = self.tensors.get(f"{op.name}.{part}")
+                if tensor is None or tensor.shape not in shapes or not np.isfinite(tensor).all():
+                    raise BundleError(
+                        f"a weight is missing, not finite or of the wrong shape: {op.name}.{part}",
+                        where=str(where),
+                        got=None if tensor is None else tensor.shape,
+                        allowed=" or ".join(map(str, shapes)),
+                    )
+
+
+def deepest(program: Program, levels: Mapping[str, float]) -> float:
+    """The largest sum of `levels` (per op) along any path to the output: that is how levels add up."""
+    depth = {Program.INPUT: 0.0}
+    for op in program.ops:
+        depth[op.name] = max(depth[value] for value in op.inputs) + levels[op.name]
+    return depth[program.output]
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from small_networks import NETWORKS, images, network
 from tightrope.errors import InputError, TraceError
 from tightrope.lower import lower
-from tightrope.program import OPS, Program
+from tightrope.nn import PolynomialActivation
+from tightrope.program import OPS, Op, Program
 from tightrope.runtimes.mpc import MPC, costs
 from tightrope.runtimes.plain import Plain, evaluate, ranges
 from tightrope.types import Cost, total
@@ -127,6 +128,7 @@ USES: dict[str, nn.Module] = {
     "hard_sigmoid": nn.Hardsigmoid(),
     "silu": nn.SiLU(),
     "hard_swish": nn.Hardswish(),
+    "polynomial": PolynomialActivation([[0.0, 0.5, 0.25]], gated=False),
 }
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tightrope.errors import InputError, TraceError
-from tightrope.program import HardSigmoid, HardSwish, MaxPool2d, Mul, Op, Program
+from tightrope.program import HardSigmoid, HardSwish, MaxPool2d, Mul, Op, Polynomial, Program
 from tightrope.runtimes.mpc.compiler import Compiler
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.rules import RULES
 from tightrope.runtimes.mpc.steps import Step, Wire
 
 TYPICAL_RANGE = 8.0  # of an activation, where no calibration says more
-RULED = (HardSigmoid, HardSwish, MaxPool2d, Mul)
+RULED = (HardSigmoid, HardSwish, MaxPool2d, Mul, Polynomial)
 
 
 def by_rule(op: Op, config: MPC, sources: Sequence[Wire] | None = None) -> tuple[Step, ...]:
     """None for an op that the runtime refuses. Without `sources`: on wires of a shape that gives the op's,
     truncated ones, but hard-sigmoid and hard-swish on a layer's result."""
-    ranges: Mapping[str, float] = {Program.INPUT: TYPICAL_RANGE, op.name: TYPICAL_RANGE}
+    values = [Program.INPUT, op.name]
+    if isinstance(op, Polynomial):
+        values += [f"{op.name}:stage{k}" for k in range(len(op.stages))]
+    ranges: Mapping[str, float] = dict.fromkeys(values, TYPICAL_RANGE)
     compiler = Compiler(Program((), (1,), Program.INPUT, ranges=ranges), config)
     wires = list(sources) if sources is not None else [usual_wire(op, s, config) for s in _shapes(op)]
     try:

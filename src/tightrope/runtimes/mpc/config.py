@@ -21,6 +21,7 @@ from tightrope.program import (
     Mul,
     Op,
     Pad,
+    Polynomial,
     Program,
     Relu,
     Upsample,
@@ -78,7 +79,7 @@ class MPC:
         cls.kind
         for cls in (
             Conv2d, Linear, Add, Mul, Concat, AvgPool2d, GlobalAvgPool, MaxPool2d, Relu, HardSigmoid,
-            HardSwish, Pad, Upsample, Flatten,
+            HardSwish, Polynomial, Pad, Upsample, Flatten,
         )
     )  # fmt: skip
 

@@ -99,7 +99,7 @@ def of_schedule(program: Program, schedule: Schedule, batch: int) -> Costs:
 def structural(program: Program, op: str, batch: int) -> Cost:
     """MACs and weights of an op, which no runtime changes; the weights count once, whatever the batch."""
     base = base_cost(program.op(op))
-    return replace(base.scaled(batch), drelus=0, weights=base.weights)
+    return replace(base.scaled(batch), drelus=0, weights=base.weights, ckks_levels=0)
 
 
 def _pass(clock: dict[str, int], exchange: tuple[Message, ...]) -> None:
@@ -177,7 +177,7 @@ def usual_steps(program: Program, config: MPC) -> dict[str, tuple[Step, ...]]:
 
 def _price(op: Op, steps: tuple[Step, ...]) -> Cost:
     online = [m for step in steps for exchange in step.online for m in exchange]
-    base = base_cost(op)
+    base = replace(base_cost(op), ckks_levels=0)
     if any(not isinstance(step, Reveal) for step in steps):
         base = replace(base, drelus=sum(step.drelus for step in steps))
     return base + Cost(

@@ -32,6 +32,7 @@ from tightrope.program import (
 )
 from tightrope.runtimes.mpc.prg import WORDS
 from tightrope.runtimes.mpc.steps import Local, Multiply, RevealLabel, Wire
+from tightrope.runtimes.mpc.terms import Term
 from tightrope.runtimes.mpc.tournament import Difference, Winners
 
 INTEGERS = {64: np.int64, 32: np.int32}
@@ -78,17 +79,22 @@ def tensor(x: NDArray[Any], shape: tuple[int, ...]) -> Tensor:
 def encode_weights(step: Multiply, tensors: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
     """(weight, bias) of a layer in the ring: the input's multiplier goes into the weight."""
     name, ring_bits = step.kernel.name, step.output.ring_bits
-    scaled = np.asarray(tensors[f"{name}.weight"], np.float64) * step.input.mu
+    if isinstance(step.kernel, Term):
+        real, added = step.kernel.tensors(tensors)
+    else:
+        real, added = (np.asarray(tensors[f"{name}.{part}"], np.float64) for part in ("weight", "bias"))
     try:
-        weight = encode(scaled, step.weight_bits, ring_bits)
-        bias = encode(tensors[f"{name}.bias"], step.output.scale, ring_bits)
+        weight = encode(real * step.input.mu, step.weight_bits, ring_bits)
+        bias = encode(added, step.output.scale, ring_bits)
     except InputError as error:
         raise InputError(f"weights of {name}: {error}") from error
     return weight, per_channel(bias, step.output.shape)
 
 
-def multiply(op: Conv2d | Linear, weight: Tensor, x: Tensor) -> Tensor:
+def multiply(op: Conv2d | Linear | Term, weight: Tensor, x: Tensor) -> Tensor:
     """The linear layer without bias on (N, *input shape), in the ring."""
+    if isinstance(op, Term):
+        return x * per_channel(weight, op.shape)
     if isinstance(op, Linear):
         return x @ weight.T
     if op.dilation != (1, 1) and x.dtype != torch.int64:  # torch dilates no other integers

@@ -21,11 +21,13 @@ from tightrope.program import (
     Mul,
     Op,
     Pad,
+    Polynomial,
     Relu,
     Upsample,
 )
 from tightrope.runtimes.mpc.compiler import Compiler, normal
 from tightrope.runtimes.mpc.fixed import bilinear_divisor, pool_divisor
+from tightrope.runtimes.mpc.polynomial import polynomial
 from tightrope.runtimes.mpc.steps import Multiply, Piece, Product, RevealLabel, Wire
 from tightrope.runtimes.mpc.tournament import (
     Axis,
@@ -236,4 +238,5 @@ RULES: Mapping[type[Op], Callable[[Compiler, Any, list[Wire]], Wire]] = {
     HardSwish: _hard_swish,
     Mul: _product,
     MaxPool2d: _max_pool,
+    Polynomial: polynomial,
 }

@@ -15,6 +15,7 @@ from typing import Literal
 from tightrope.program import Conv2d, Linear, Op, Relu
 from tightrope.runtimes.mpc.fss import HASH_KEY_BYTES, word_levels
 from tightrope.runtimes.mpc.keys import Role
+from tightrope.runtimes.mpc.terms import Term
 
 Phase = Literal["setup", "offline", "online"]
 Unit = Literal["byte", "block", "word", "half", "bit"]
@@ -154,7 +155,7 @@ class Multiply(Step):
     Setup: F = W - B to the client, B known to the dealer. Offline: the dealer's C0 = A*B - C1 to the client.
     """
 
-    kernel: Conv2d | Linear
+    kernel: Conv2d | Linear | Term
     input: Wire
     output: Wire
     weight_bits: int

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tightrope.errors import InputError
 from tightrope.nn.block_relu import BlockReLU
+from tightrope.nn.polynomial import composite
 from tightrope.program import (
     OPS,
     Add,
@@ -31,16 +32,18 @@ from tightrope.program import (
     Mul,
     Op,
     Pad,
+    Polynomial,
     Program,
     Relu,
     Sigmoid,
     Silu,
     Upsample,
     base_cost,
+    deepest,
 )  # fmt: skip
 from tightrope.types import Cost, Json, Measurement, OpTrace, total
 
-Weights = tuple[Tensor, Tensor]
+Weights = list[Tensor]
 NO_TIME = "the plain runtime sends nothing and predicts no time"
 
 
@@ -72,6 +75,11 @@ def _relu(op: Any, w: Weights, x: Tensor) -> Tensor:
     return result
 
 
+def _polynomial(op: Any, w: Weights, x: Tensor) -> Tensor:
+    y = composite(w, x)[-1]
+    return x * y if op.gated else y
+
+
 def _avg_pool(op: Any, w: Weights, x: Tensor) -> Tensor:
     return F.avg_pool2d(x, op.kernel, op.stride, op.padding, op.ceil_mode, op.count_padding)
 
@@ -94,6 +102,7 @@ EXECUTE: dict[type[Op], Callable[..., Tensor]] = {
     HardSigmoid: lambda op, w, x: F.hardsigmoid(x),
     Silu: lambda op, w, x: F.silu(x),
     HardSwish: lambda op, w, x: F.hardswish(x),
+    Polynomial: _polynomial,
     Pad: lambda op, w, x: F.pad(x, op.padding),
     Upsample: _upsample,
     Flatten: lambda op, w, x: x.flatten(1),
@@ -112,9 +121,7 @@ def evaluate(
     with torch.no_grad():
         for k, op in enumerate(program.ops):
             start = time.perf_counter()
-            weights = [program.tensors.get(f"{op.name}.{part}") for part in ("weight", "bias")]
-            w = [torch.from_numpy(np.asarray(t)).double() for t in weights if t is not None]
-            values[op.name] = EXECUTE[type(op)](op, w, *(values[i] for i in op.inputs))
+            values[op.name] = EXECUTE[type(op)](op, _weights(program, op), *(values[i] for i in op.inputs))
             seen(op, values[op.name], (time.perf_counter() - start) * 1e3)
             for value in op.inputs:
                 if last_use[value] == k and value != program.output:
@@ -122,10 +129,16 @@ def evaluate(
     return values[program.output]
 
 
+def _weights(program: Program, op: Op) -> Weights:
+    tensors = (program.tensors[f"{op.name}.{part}"] for part in op.parts)
+    return [torch.from_numpy(np.asarray(t)).double() for t in tensors]
+
+
 def ranges(program: Program, batches: Iterable[Tensor]) -> Program:
     """The program with, per value, the largest magnitude over `batches` (calibration data).
 
-    For a ReLU with patches the largest tile sum counts too, recorded as `NAME:tiles`.
+    For a ReLU with patches the largest tile sum counts too, recorded as `NAME:tiles`, and for a polynomial
+    the value of every stage, `NAME:stageI`.
     """
     largest: dict[str, float] = {}
 
@@ -139,6 +152,9 @@ def ranges(program: Program, batches: Iterable[Tensor]) -> Program:
             note(op.name, value)
             if isinstance(op, Relu):
                 note(f"{op.name}:tiles", _tile_sums(op, values[op.inputs[0]]))
+            if isinstance(op, Polynomial):
+                for k, stage in enumerate(composite(_weights(program, op), values[op.inputs[0]])):
+                    note(f"{op.name}:stage{k}", stage)
             values[op.name] = value
 
         values[Program.INPUT] = x.double()
@@ -206,11 +222,13 @@ class PlainSession:
         traces: list[OpTrace] = []
 
         def seen(op: Op, value: Tensor, ms: float) -> None:
-            cost = base_cost(op).scaled(len(x)) + Cost(online_ms=ms)
-            traces.append(OpTrace(op.name, op.kind, replace(cost, weights=base_cost(op).weights)))
+            base = base_cost(op)
+            cost = replace(base.scaled(len(x)), weights=base.weights, ckks_levels=base.ckks_levels)
+            traces.append(OpTrace(op.name, op.kind, cost + Cost(online_ms=ms)))
 
         y = evaluate(self.program, torch.from_numpy(np.array(x, dtype=np.float64, order="C")), seen)
-        cost = total(t.cost for t in traces)
+        levels = deepest(self.program, {t.op: t.cost.ckks_levels for t in traces})
+        cost = replace(total(t.cost for t in traces), ckks_levels=levels)
         return y.numpy(), Measurement(runtime="plain", batch=len(x), ops=tuple(traces), total=cost)
 
     def __enter__(self) -> PlainSession:

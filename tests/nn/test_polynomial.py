@@ -1,0 +1,161 @@
+"""Polynomial activations: against numpy's polynomials, in training, lowered, saved, and secure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.polynomial import polynomial as npoly
+from torch import nn
+
+from tightrope.errors import BundleError, InputError, TraceError
+from tightrope.graph import trace
+from tightrope.lower import lower
+from tightrope.nn import PolynomialActivation
+from tightrope.ops import Polynomial, base_cost
+from tightrope.program import Program, deepest
+from tightrope.runtimes.mpc import MPC, compile_program, oracle
+from tightrope.runtimes.plain import Plain, evaluate, ranges
+
+SIGN = [[0, 2.076171875, 0, -1.3271484375], [0, 1.5, 0, -0.5]]
+A7 = [
+    [0, 7.30445164958251, 0, -34.6825871108659, 0, 59.8596518298826, 0, -31.8755225906466],
+    [0, 2.40085652217597, 0, -2.63125454261783, 0, 1.54912674773593, 0, -0.331172956504304],
+]
+
+
+@given(
+    degrees=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    gated=st.booleans(),
+    per_channel=st.booleans(),
+    scale=st.floats(0.1, 50),
+    seed=st.integers(0, 99),
+)
+def test_a_composite_is_that_of_numpy_before_and_after_lowering(degrees, gated, per_channel, scale, seed):
+    rng = np.random.default_rng(seed)
+    stages = [rng.uniform(-1, 1, (3, d + 1) if per_channel else (d + 1,)) for d in degrees]
+    module = PolynomialActivation(stages, gated=gated, scale=scale).double()
+    x = rng.uniform(-scale, scale, (2, 3, 4, 5))
+    want = x / np.float32(scale)
+    for k in range(len(stages)):
+        stage = np.broadcast_to(np.float32(stages[k]).astype(np.float64), (3, degrees[k] + 1))
+        want = np.stack([npoly.polyval(want[:, c], stage[c]) for c in range(3)], 1)
+    want = x * want if gated else want
+    assert np.allclose(module(torch.from_numpy(x)).detach(), want, rtol=1e-9, atol=1e-9)
+    program = lower(nn.Sequential(module), (3, 4, 5))
+    assert np.allclose(evaluate(program, torch.from_numpy(x)), want, rtol=1e-6, atol=1e-6 * abs(want).max())
+    (op,) = program.ops
+    assert isinstance(op, Polynomial) and op.stages == tuple(degrees) and op.gated == gated
+    depth = sum(int(np.ceil(np.log2(d + 1))) for d in degrees) + gated
+    assert base_cost(op).ckks_levels == depth
+    assert all(t.dtype == np.float64 for t in program.tensors.values())
+
+
+def test_relu_folds_the_half_into_the_last_stage():
+    x = torch.linspace(-3, 3, 101)[None, :, None, None]
+    sign = npoly.polyval(npoly.polyval(x.double().numpy() / 4, SIGN[0]), SIGN[1])
+    y = PolynomialActivation.relu(SIGN, scale=4.0)(x)
+    assert np.allclose(y.detach(), x.numpy() * (1 + sign) / 2, atol=1e-6)
+
+
+def test_a_dynamic_scale_is_that_of_the_batch_and_must_be_frozen():
+    module = PolynomialActivation.relu(SIGN, dynamic=True)
+    x = torch.tensor([[[[-8.0, 4.0, 2.0]]]])
+    assert torch.equal(module(x), PolynomialActivation.relu(SIGN, scale=8.0)(x))
+    assert module(torch.zeros(1, 1, 2, 2)).abs().max() == 0
+    with pytest.raises(TraceError, match="freeze"):
+        lower(nn.Sequential(module), (1, 1, 3))
+    module.freeze(8.0)
+    assert lower(nn.Sequential(module), (1, 1, 3)).ops[0].stages == (3, 3)
+
+
+def test_every_call_is_a_site_of_its_own():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = PolynomialActivation.relu(SIGN, scale=4.0)
+
+        def forward(self, x):
+            return self.act(self.act(x) - 1)
+
+    sites = trace(Twice(), (2, 3, 3)).sites
+    assert [(s.name, s.kind) for s in sites] == [("act", "polynomial"), ("act_1", "polynomial")]
+
+
+@pytest.mark.parametrize("stages", [[], [[1.0]], [[1.0, np.nan]], [np.zeros((1, 2, 3))]])
+def test_what_is_no_polynomial_is_refused(stages):
+    with pytest.raises(InputError):
+        PolynomialActivation(stages, gated=False)
+    with pytest.raises(InputError, match="scale"):
+        PolynomialActivation(SIGN, gated=True, scale=0.0)
+
+
+def program(stages=A7, scale=4.0, gated=True) -> Program:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), PolynomialActivation(stages, gated=gated, scale=scale)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.zero_()
+    return ranges(lower(model, (1, 4, 4)), [torch.linspace(-3.5, 3.5, 64).reshape(4, 1, 4, 4)])
+
+
+def test_a_saved_polynomial_comes_back_and_a_damaged_one_is_refused(tmp_path: Path):
+    saved = program()
+    saved.save(tmp_path)
+    loaded = Program.load(tmp_path)
+    assert loaded == replace(saved, tensors=loaded.tensors)
+    assert all(np.array_equal(loaded.tensors[k], v) for k, v in saved.tensors.items())
+    for name, tensor in (("1.stage1", np.zeros(7)), ("1.stage0", np.full(8, np.inf))):
+        replace(saved, tensors=dict(saved.tensors) | {name: tensor}).save(tmp_path)
+        with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+            Program.load(tmp_path)
+    for stages in ((), (0,), (64,)):
+        op = replace(saved.op("1"), stages=stages)
+        replace(saved, ops=(saved.ops[0], op)).save(tmp_path)
+        with pytest.raises(BundleError, match="does not fit"):
+            Program.load(tmp_path)
+
+
+def test_levels_belong_to_the_deepest_path():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep, self.flat = PolynomialActivation.relu(A7), PolynomialActivation.relu(SIGN)
+
+        def forward(self, x):
+            return self.flat(x) + self.deep(x)
+
+    lowered = lower(Branch(), (1, 2, 2))
+    _, measured = Plain().open(lowered).run(np.zeros((3, 1, 2, 2)))
+    assert measured.total.ckks_levels == 7
+    levels = {op.name: Plain().price(op).ckks_levels for op in lowered.ops}
+    assert deepest(lowered, levels) == 7 and sorted(levels.values()) == [0, 5, 7]
+
+
+@pytest.mark.parametrize("stages", [A7, SIGN, [[0.25, 1.0]], [[0.1, 0.5, 0.3, 0.0, 0.2, 0.1]]])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("scale", [0.25, 4.0, 100.0])
+def test_secure_polynomials_equal_plain_whatever_their_scale(stages, gated, scale):
+    config = MPC(noise_bits=0)
+    small = nn.Sequential(PolynomialActivation(stages, gated=gated, scale=scale)).eval()
+    x = scale * torch.linspace(-1, 1, 64).reshape(4, 1, 4, 4)
+    lowered = ranges(lower(small, (1, 4, 4)), [x])
+    want = evaluate(lowered, x).numpy()
+    with config.open(lowered, "simulate") as session:
+        got = session.run(x.numpy())[0]
+    bound = 2**-13 * max(1.0, scale if gated else 1.0)
+    assert np.abs(got - want).max() < bound
+    model = oracle.evaluate(lowered, compile_program(lowered, config), x.numpy())
+    assert np.abs(model - want).max() < bound
+
+
+def test_a_power_without_room_in_the_ring_is_refused_with_a_remedy():
+    deep = program([[0.0] * 27 + [1.0]], gated=False)
+    with pytest.raises(InputError, match="overflow") as error:
+        compile_program(deep, MPC())
+    assert "where:   1\n" in str(error.value) and "margin" in str(error.value)
+    compile_program(deep, MPC(margin=1.25))
