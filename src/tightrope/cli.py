@@ -89,7 +89,7 @@ def options(
 def search(
     budget: BudgetText,
     model: Annotated[
-        str, typer.Option(help="demo, resnet18, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.")
+        str, typer.Option(help="demo, resnet18, torchvision:NAME, timm:NAME, arch:STRING, FILE.py:FUNCTION.")
     ] = "demo",
     data: Annotated[
         str, typer.Option(help="embedded, fashion-mnist, cifar10, cifar100, or a directory.")
