@@ -129,14 +129,15 @@ def test_several_limits_at_once(problem):
     assert problem.fits(found.choice) and found.gain == pytest.approx(wanted, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", EXACT)
 @settings(max_examples=25)
 @given(problems(pairs=True))
-def test_pair_terms_are_linearised_exactly(problem):
+def test_pair_terms_are_exact(name, problem):
     wanted = best(problem)
     if wanted is None:
-        assert refused(problem, staged_milp.solve)
+        assert refused(problem, EXACT[name])
         return
-    found = staged_milp.solve(problem)
+    found = EXACT[name](problem)
     assert problem.fits(found.choice) and found.gain == pytest.approx(wanted, abs=1e-9)
     assert 0 <= found.gap <= 1e-6
 
@@ -193,7 +194,15 @@ def test_a_malformed_problem_is_refused(change):
         replace(whole, **change)
 
 
-def test_a_frontier_is_of_one_metric_without_pairs():
+def test_a_frontier_with_pairs_has_its_limits():
+    stage = Stage((1, 2, 3), np.zeros((3, 1)), np.zeros(3), np.zeros((1, 3, 1)))
+    many = Staged((stage,) * 8, ("a",), (1.0,), (0.0,), pair=np.zeros((24, 24)))
+    with pytest.raises(InputError, match="6,561"):
+        pareto.frontier(many)
+    assert staged_milp.solve(many).gap == 0
+
+
+def test_a_frontier_is_of_one_metric():
     good = Stage((1,), np.zeros((1, 2)), np.zeros(1), np.zeros((2, 1, 2)))
     with pytest.raises(InputError, match="milp"):
         pareto.frontier(Staged((good,), ("a", "b"), (1.0, 1.0), (0.0, 0.0)))

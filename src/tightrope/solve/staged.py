@@ -39,7 +39,8 @@ class Stage:
 class Staged:
     """`limits` bound the costs, `base_cost` included; inf is no limit.
 
-    pair: (all blocks of all stages x K, all depths) or None. Raises InputError where shapes disagree or a number is not finite.
+    pair: (all blocks of all stages x K, all depths) or None. Raises InputError where shapes disagree or a
+    number is not finite.
     """
 
     stages: tuple[Stage, ...]
