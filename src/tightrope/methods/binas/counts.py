@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tightrope.methods.binas.space import Choice, Space
+from tightrope.methods.binas.space import Space
 from tightrope.models.mobilenet import divisible
+from tightrope.solve.staged import Choice
 from tightrope.types import FloatArray
 
 METRICS = ("macs", "weights")

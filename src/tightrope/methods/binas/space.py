@@ -21,9 +21,7 @@ import numpy as np
 from tightrope.errors import InputError, near
 from tightrope.forms import mismatch
 from tightrope.models.arch import ACTIVATIONS, Architecture, Block
-
-# Per stage the option of every block that is there: [s][b] is an index into `Space.options`.
-Choice = tuple[tuple[int, ...], ...]
+from tightrope.solve.staged import Choice
 
 
 @dataclass(frozen=True)
