@@ -34,7 +34,7 @@ RECIPE = Recipe()
 def search(
     budget: BudgetText,
     model: Annotated[
-        str, typer.Option(help="demo, resnet18, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.")
+        str, typer.Option(help="demo, resnet18, torchvision:NAME, timm:NAME, arch:STRING, FILE.py:FUNCTION.")
     ] = "demo",
     data: Annotated[
         str, typer.Option(help="embedded, fashion-mnist, cifar10, cifar100, or a directory.")

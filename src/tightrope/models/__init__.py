@@ -11,6 +11,7 @@ from torch import nn
 
 from tightrope.errors import InputError, near
 from tightrope.models.external import from_file, from_timm, from_torchvision
+from tightrope.models.mobilenet import from_arch
 from tightrope.models.resnet import cifar_resnet, demo_shape, resnet18
 from tightrope.models.vgg import VGG
 from tightrope.models.weights import load_weights
@@ -32,6 +33,7 @@ _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
 _LIBRARIES: dict[str, Callable[[str, int | None, int | None], nn.Module]] = {
     "torchvision": from_torchvision,
     "timm": from_timm,
+    "arch": from_arch,
 }
 NAMES = ("demo", *_BUILDERS)
 
@@ -55,7 +57,8 @@ def resolve(
 
     `demo` (trained, 1x28x28, 10 classes); `resnet8`, `resnet14`, `resnet18`, `resnet20`, `resnet32`,
     `vgg16_bn`, `vgg19_bn` (CIFAR shapes; 10 classes and 3 channels unless given); `torchvision:NAME`;
-    `timm:NAME`; `path/to/file.py:function`, whose file is run. All but `demo` start from torch's random
+    `timm:NAME`; `arch:STRING`, an architecture string (`tightrope.models.arch`); `path/to/file.py:function`,
+    whose file is run. All but `demo` start from torch's random
     generator unless `weights`, a safetensors file with exactly the network's tensors, is given; nothing is
     downloaded.
 
@@ -90,7 +93,7 @@ def _build(spec: str, num_classes: int | None, in_channels: int | None) -> nn.Mo
     raise InputError(
         "unknown network",
         got=spec,
-        allowed=", ".join(NAMES) + ", torchvision:NAME, timm:NAME, path/to/file.py:FUNCTION",
+        allowed=", ".join(NAMES) + ", torchvision:NAME, timm:NAME, arch:STRING, path/to/file.py:FUNCTION",
         fix=f"near: {near(spec, NAMES)}",
     )
 

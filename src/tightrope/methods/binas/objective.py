@@ -1,0 +1,71 @@
+"""From measured contributions to a staged problem: the bilinear accuracy formula of BINAS.
+
+Let A0 be the mean accuracy of random networks, m(.) the same with one decision fixed. The released formula
+(accuracy_contribution.py) adds m - A0 over all decisions; a block counts when its stage's depth reaches it:
+
+    A0 + sum_s (m[s, d_s] - A0) + sum_s sum_{b < d_s} (m[s, b, c_sb] - A0)
+
+m[s, b, c] is measured at the least depth that has block b (for the first block at any), so that A0 subtracted
+there counts the depth twice. The conditional variant subtracts the mean over c of what was measured at that
+depth instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tightrope.errors import BudgetError, InputError, near
+from tightrope.methods.binas.counts import METRICS, count_tables, fixed_counts
+from tightrope.methods.binas.space import Space
+from tightrope.solve.staged import Stage, Staged
+from tightrope.types import FloatArray
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Accuracies in one unit. depth: per stage (D,); block: per stage (B, K), see the module."""
+
+    mean: float
+    depth: tuple[FloatArray, ...]
+    block: tuple[FloatArray, ...]
+
+
+def staged(
+    space: Space,
+    contributions: Contributions,
+    limits: Mapping[str, float],
+    *,
+    conditional: bool = False,
+    priced: Mapping[str, tuple[float, Mapping[tuple[int, int], FloatArray]]] | None = None,
+) -> Staged:
+    """The problem of choosing a network of `space` within `limits`, e.g. {"macs": 250e6, "weights": 6e6}.
+
+    `priced`: further metrics, as (fixed cost, a price per option for every (stage, position)), e.g. latency.
+    Raises BudgetError for a metric that is not priced, InputError for contributions of another space.
+    """
+    tables = dict(
+        zip(METRICS, zip(fixed_counts(space), count_tables(space).values(), strict=True), strict=True)
+    )
+    prices = {**tables, **(priced or {})}
+    unknown = sorted(limits.keys() - prices.keys())
+    if unknown or not limits:
+        got = ", ".join(unknown) or "no limit"
+        raise BudgetError("no option is priced in this quantity", got=got, allowed=near(got, prices))
+    depths, options = [stage.depths for stage in space.stages], len(space.options)
+    shapes = [a.shape for a in (*contributions.depth, *contributions.block)]
+    wanted = [(len(d),) for d in depths] + [(d[-1], options) for d in depths]
+    if shapes != wanted:
+        raise InputError("the contributions are of another space", got=shapes, allowed=wanted)
+    stages = []
+    for s, stage in enumerate(space.stages):
+        block = contributions.block[s]
+        before = np.full((len(block), 1), contributions.mean)
+        if conditional:
+            before[1:] = block[1:].mean(1, keepdims=True)
+        cost = np.array([[prices[m][1][s, b] for b in range(stage.depths[-1])] for m in limits])
+        stages.append(Stage(stage.depths, block - before, contributions.depth[s] - contributions.mean, cost))
+    base = tuple(float(prices[m][0]) for m in limits)
+    return Staged(tuple(stages), tuple(limits), tuple(limits.values()), base, contributions.mean)
