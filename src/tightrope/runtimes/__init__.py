@@ -53,6 +53,7 @@ class Runtime(Protocol):
 RUNTIMES: dict[str, str] = {
     "plain": "tightrope.runtimes.plain:Plain",
     "mpc": "tightrope.runtimes.mpc:MPC",
+    "ckks": "tightrope.runtimes.ckks:CKKS",
 }
 
 
