@@ -32,24 +32,19 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sum:
-    """bias + the sum over `terms` of matrix times source. `dense`: it holds a layer, not only a pooling."""
+    """bias + the sum over `terms` of matrix times source.
+
+    dense: it holds a layer, not only a pooling. copy_of: the source that it is, whatever its shape.
+    """
 
     terms: Mapping[str, Matrix]
     bias: Vector
     dense: bool = False
-
-    @property
-    def identity(self) -> str | None:
-        """The one source that this is a copy of, if it is one."""
-        if len(self.terms) != 1 or self.bias.any():
-            return None
-        ((source, matrix),) = self.terms.items()
-        same = matrix.shape[0] == matrix.shape[1] and (matrix != sp.eye_array(matrix.shape[0])).nnz == 0
-        return source if same else None
+    copy_of: str | None = None
 
 
 def source(name: str, size: int) -> Sum:
-    return Sum({name: sp.eye_array(size, format="csr")}, np.zeros(size))
+    return Sum({name: sp.eye_array(size, format="csr")}, np.zeros(size), copy_of=name)
 
 
 def is_dense(op: Op) -> bool:
@@ -65,13 +60,27 @@ def compose(op: Op, program: Program, inputs: Sequence[Sum]) -> Sum:
     for matrix, inner in zip(matrices, inputs, strict=True):
         bias = bias + matrix @ inner.bias
         for name, factor in inner.terms.items():
-            product = (matrix @ factor).tocsr()
+            product = matrix if inner.copy_of else _times(matrix, factor)
             terms[name] = _plus(terms[name], product) if name in terms else product
-    return Sum(terms, bias, is_dense(op) or any(inner.dense for inner in inputs))
+    copy_of = inputs[0].copy_of if isinstance(op, Flatten) else None
+    return Sum(terms, bias, is_dense(op) or any(inner.dense for inner in inputs), copy_of)
+
+
+def _times(a: Matrix, b: Matrix) -> Matrix:
+    """Keeps zeros, which scipy's product drops: which diagonals there are must not tell of zero weights."""
+    product, pattern = (a @ b).tocsr(), (_ones(a) @ _ones(b)).tocsr()
+    if product.nnz == pattern.nnz:
+        return product
+    pattern.data[:] = 0
+    return _plus(pattern, product)
+
+
+def _ones(a: Matrix) -> Matrix:
+    return sp.csr_array((np.ones_like(a.data), a.indices, a.indptr), shape=a.shape)
 
 
 def _plus(a: Matrix, b: Matrix) -> Matrix:
-    """Keeps zeros, as the structure must not depend on the weights; scipy's own sum drops them."""
+    """Keeps zeros, as `_times`."""
     a, b = a.tocoo(), b.tocoo()
     where = (np.concatenate([a.row, b.row]), np.concatenate([a.col, b.col]))
     return sp.csr_array((np.concatenate([a.data, b.data]), where), shape=a.shape)
@@ -114,8 +123,9 @@ def _conv(op: Conv2d, w: tuple[Vector, Vector], shapes: list[Shape]) -> Made:
 
 def _linear(op: Linear, w: tuple[Vector, Vector], shapes: list[Shape]) -> Made:
     rows = math.prod(shapes[0][:-1])
-    matrix = sp.kron(sp.eye_array(rows), sp.csr_array(w[0])).tocsr() if rows > 1 else sp.csr_array(w[0])
-    return [matrix], np.tile(w[1], rows)
+    block, out, into = np.ogrid[:rows, : op.shape[-1], : op.in_features]
+    row, column = block * op.shape[-1] + out, block * op.in_features + into
+    return [_csr(row, column, w[0], op.shape, shapes[0])], np.tile(w[1], rows)
 
 
 def _same(op: Op, w: None, shapes: list[Shape]) -> Made:

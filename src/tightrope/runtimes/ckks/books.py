@@ -36,7 +36,8 @@ class Books:
 
     def unpacked(self, slots: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
         value = self.circuit.values[self.circuit.output]
-        return value.layout.unpack(np.stack(slots)) * value.scale
+        y = value.layout.unpack(np.stack(slots)) * value.scale
+        return y.reshape(self.program.shape(self.program.output))
 
     def measured(
         self, mode: str, spent: Sequence[Sequence[Spent]], memory_bytes: int, elapsed_ms: float, **more: Json

@@ -66,8 +66,8 @@ class _Plan:
     def materialise(self, value: str) -> str:
         """The name of the value in ciphertexts that equals `value`, after a step makes it if none did."""
         total = self.sums[value]
-        if (same := total.identity) is not None:
-            return same
+        if total.copy_of is not None:
+            return total.copy_of
         sources = tuple(total.terms)
         depth = max(self.real[name][1] for name in sources) + 1
         self._emit(value, sources, total, depth, self.program.shape(value))

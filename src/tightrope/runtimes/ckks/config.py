@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from tightrope.errors import InputError
 from tightrope.program import Op, Program, base_cost
 from tightrope.runtimes.ckks.affine import is_dense
-from tightrope.runtimes.ckks.compiler import OPS, check
+from tightrope.runtimes.ckks.compiler import OPS, check, compile_program
 from tightrope.runtimes.ckks.parameters import Parameters, choose
 from tightrope.types import Cost
 
@@ -70,6 +70,12 @@ class CKKS:
         from tightrope.runtimes.ckks.cost import prices
 
         return prices(program, self)
+
+    def cost(self, program: Program, op: Op, batch: int = 1) -> Cost:
+        """What `op` will cost for a batch, exactly as a run counts it (times aside); see `prices`."""
+        from tightrope.runtimes.ckks.cost import op_costs
+
+        return op_costs(program, compile_program(program.public(), self.parameters), batch)[op.name]
 
     def open(
         self, program: Program, mode: Literal["simulate", "execute"] = "execute"

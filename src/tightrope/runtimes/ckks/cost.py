@@ -11,7 +11,6 @@ from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Value
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.diagonals import steps
 from tightrope.runtimes.ckks.format import ciphertext_size, key_size
-from tightrope.runtimes.ckks.link import message_bytes
 from tightrope.runtimes.ckks.parameters import Parameters
 from tightrope.types import Cost
 
@@ -19,11 +18,12 @@ if TYPE_CHECKING:
     from tightrope.runtimes.ckks.config import CKKS
 
 # Milliseconds on one core of the machine that `benchmarks/bench_ckks.py` names: of one number-theoretic
-# transform per N log2(N), of a row of modular products per N, and of carrying a ciphertext into the library
-# and out of it per byte. Other machines differ by a factor.
+# transform per N log2(N), of a row of modular products per N, of carrying a ciphertext into the library and
+# out of it per byte, and of making, sending and reading a byte of key. Other machines differ by a factor.
 TRANSFORM_MS = 4.2e-7
 PRODUCT_MS = 3.0e-6
 COPY_MS = 8.0e-6
+KEY_MS = 1.0e-5
 MULTIPLICATIONS = {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 5}  # ciphertext products by degree
 KEY_COPIES = 3.2  # of the keys, while the server reads them: the mapped file, the library's copy, the keys
 WORKING_CIPHERTEXTS = 40  # per image in work: hoisted decompositions and results of the largest step
@@ -65,15 +65,9 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         key_bytes=key_bytes,
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
         server_bytes=PROCESS_BYTES + int(KEY_COPIES * key_bytes) + 2 * sum(diagonals) + working,
-        setup_ms=keys * _key_ms(parameters),
+        setup_ms=key_bytes * KEY_MS,
         image_ms=sum(step_ms(s, parameters, circuit.values) for s in circuit.steps),
     )
-
-
-def _key_ms(parameters: Parameters) -> float:
-    """Sampling, transforms and products of one key, and moving it twice."""
-    rows = parameters.digits * 2 * (len(parameters.q_bits) + len(parameters.p_bits))
-    return _ms(parameters, rows, 4 * rows) + parameters.key_bytes / 1e6
 
 
 def step_ms(step: Affine | Composite, parameters: Parameters, values: Mapping[str, Value]) -> float:
@@ -135,20 +129,18 @@ def _ms(parameters: Parameters, transforms: float, products: float) -> float:
 
 
 def links(circuit: Circuit, batch: int) -> dict[str, int]:
-    """Bytes of a batch in each direction, TLS records not counted."""
+    """Bytes of a batch's ciphertexts in each direction; frames and TLS records are not counted."""
     up, down = (circuit.values[name] for name in (circuit.input, circuit.output))
     sizes = [ciphertext_size(circuit.parameters, v.level) for v in (up, down)]
     counts = [v.layout.ciphertexts for v in (up, down)]
     directions = ("client->server", "server->client")
-    return {d: message_bytes([s] * n) * batch for d, s, n in zip(directions, sizes, counts, strict=True)}
+    return {d: s * n * batch for d, s, n in zip(directions, sizes, counts, strict=True)}
 
 
 def setup_links(circuit: Circuit) -> dict[str, int]:
-    """Bytes of the keys."""
-    size = key_size(circuit.parameters, element=True)
-    count = len(circuit.galois_elements())
-    first = message_bytes([key_size(circuit.parameters, element=False)])
-    return {"client->server": first + count * message_bytes([size])}
+    """Bytes of the keys: one for relinearisation, the others for rotations."""
+    relinearisation, rotation = (key_size(circuit.parameters, element=one) for one in (False, True))
+    return {"client->server": relinearisation + len(circuit.galois_elements()) * rotation}
 
 
 def op_costs(program: Program, circuit: Circuit, batch: int = 1) -> dict[str, Cost]:

@@ -80,13 +80,11 @@ def tls_context(own: Identity, peer_certificate: bytes, *, accepts: bool) -> ssl
     return context
 
 
-def message_bytes(parts: Sequence[int]) -> int:
-    """Bytes of the raw parts of a message: what costs count. Heads and records vary and are left out."""
-    return sum(parts)
-
-
 class Link:
-    """A TLS connection to `peer` that carries messages. timeout_s: the longest wait for one."""
+    """A TLS connection to `peer` that carries messages. timeout_s: the longest wait without any progress.
+
+    `sent` and `received` count the raw parts: heads, which hold times, vary.
+    """
 
     def __init__(self, raw: socket.socket, context: ssl.SSLContext, peer: str, timeout_s: float) -> None:
         self.peer = peer
@@ -110,7 +108,7 @@ class Link:
                 self._socket.sendall(part)
         except (OSError, ValueError) as error:
             raise ProtocolError(f"lost {self.peer}", got=_reason(error)) from error
-        self.sent += message_bytes([len(part) for part in parts[1:]])
+        self.sent += sum(len(part) for part in parts[1:])
 
     def receive(self, kind: int, count: int, part_bytes: int) -> tuple[dict[str, Json], list[bytes]] | None:
         """A message of this kind with at most `count` parts of at most `part_bytes`; None at the clean end.
@@ -133,7 +131,7 @@ class Link:
                 f"{self.peer} sent too much", got=f"parts of {sizes} bytes", allowed=part_bytes
             )
         parts = [self._read(size) for size in sizes]
-        self.received += message_bytes(sizes[1:])
+        self.received += sum(sizes[1:])
         try:
             about = json.loads(parts[0])
         except ValueError:
