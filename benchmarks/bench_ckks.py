@@ -1,18 +1,18 @@
-"""Encrypted inference of small polynomial networks on 28x28 images, end to end, two processes on this machine.
+"""Encrypted inference of small polynomial networks on 28x28 images, end to end, two processes.
 
-Two convolutions (8 and 16 channels, stride 2) and a classifier, with quadratic activations (N = 2^14) or ReLUs
-of degree f1 o g2 (N = 2^15). Random weights: time, levels and error do not depend on training.
+Two convolutions (8 and 16 channels, stride 2) and a classifier, with quadratic activations (N = 2^14) or
+ReLUs of degree f1 o g2 (N = 2^15). Random weights: time, levels and error do not depend on training.
 """
 
 from __future__ import annotations
 
 import resource
 
-import _rows
 import numpy as np
 import torch
 from torch import nn
 
+import _rows
 from tightrope.data import load
 from tightrope.lower import lower
 from tightrope.nn import PolynomialActivation
