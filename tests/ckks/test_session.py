@@ -151,3 +151,12 @@ def test_lengths_inside_keys_are_checked(client: lattigo.Client) -> None:
             check_key(damaged, parameters, of, "here")
     with pytest.raises(ProtocolError, match="another rotation"):
         check_key(second, parameters, 3, "here")
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_is_noticed_at_once(program: Program) -> None:
+    with ToyCKKS().open(program) as opened:
+        opened._process.kill()
+        with pytest.raises(ProtocolError, match="server") as error:
+            opened.run(images(1).numpy())
+    assert "status -9" in str(error.value)
