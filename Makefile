@@ -30,7 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # torchvision and timm without their dependencies: whatever torch is there stays
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ckks]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt huggingface_hub pyyaml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchvision timm
 	touch $@

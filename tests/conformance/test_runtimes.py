@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ckks_toys import ToyCKKS
 from small_networks import NETWORKS, images, network
 from tightrope.errors import InputError, TraceError
 from tightrope.lower import lower
 from tightrope.nn import PolynomialActivation
-from tightrope.program import OPS, Op, Program
+from tightrope.program import OPS, Program
 from tightrope.runtimes.mpc import MPC, costs
 from tightrope.runtimes.plain import Plain, evaluate, ranges
 from tightrope.types import Cost, total
@@ -37,12 +38,18 @@ def counted(config: MPC) -> Callable[[Program], Mapping[str, Cost]]:
     return lambda program: costs(program, config).ops
 
 
+def timeless(program: Program) -> Mapping[str, Cost]:
+    return {name: replace(cost, online_ms=0) for name, cost in ToyCKKS().estimate(program).ops.items()}
+
+
 SMALL = MPC(noise_bits=0, ring_bits=32, fraction_bits=11, weight_bits=11, margin=2.0)
 SUBJECTS = {
     "plain": Subject(Plain(), "execute", 0.0, Plain().prices),
     "mpc simulate": Subject(MPC(noise_bits=0), "simulate", 2.0**-16, counted(MPC())),
     "mpc in 32 bits": Subject(SMALL, "simulate", 2.0**-6, counted(SMALL)),
     "mpc execute": Subject(MPC(noise_bits=0), "execute", 2.0**-16, counted(MPC())),
+    "ckks simulate": Subject(ToyCKKS(), "simulate", 1e-12, timeless),
+    "ckks execute": Subject(ToyCKKS(), "execute", 1e-5, timeless),
 }
 CASES = [
     pytest.param(
@@ -50,6 +57,7 @@ CASES = [
     )
     for subject in SUBJECTS
     for name in NETWORKS
+    if "ckks" not in subject or name == "polynomials"  # the others have signs
 ]
 
 
@@ -155,7 +163,7 @@ def test_every_op_is_known_to_programs(name: str) -> None:
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_exact_prices_are_what_a_run_of_one_sample_counts(name: str) -> None:
-    subject, program = SUBJECTS[name], network("residual")
+    subject, program = SUBJECTS[name], network("polynomials" if "ckks" in name else "residual")
     pricing = subject.runtime.pricing()
     again = subject.runtime.pricing(**pricing.settings)
     exact = again.exact(program)

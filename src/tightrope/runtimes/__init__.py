@@ -101,6 +101,7 @@ class Estimate(Protocol):
 RUNTIMES: dict[str, str] = {
     "plain": "tightrope.runtimes.plain:Plain",
     "mpc": "tightrope.runtimes.mpc:MPC",
+    "ckks": "tightrope.runtimes.ckks:CKKS",
 }
 
 

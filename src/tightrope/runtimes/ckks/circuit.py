@@ -1,0 +1,149 @@
+"""What the evaluator executes: a few kinds of steps over ciphertexts that hold values in known layouts.
+
+Everything but the numbers is public: both sides compile the same circuit, the client without weights, and
+compare its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tightrope.runtimes.ckks.diagonals import Block, galois_element, steps
+from tightrope.runtimes.ckks.layout import Layout
+from tightrope.runtimes.ckks.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class Value:
+    """What ciphertexts hold: the value divided by `scale`, so about [-1, 1], in a layout, at a level."""
+
+    layout: Layout
+    scale: float
+    level: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Makes the value `name` of the values `sources`; `ops` are the ops of the Program that it executes."""
+
+    name: str
+    sources: tuple[str, ...]
+    ops: tuple[str, ...]
+    level: int  # of the inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine(Step):
+    """One linear map of all sources' ciphertexts, in order, and a bias: one level.
+
+    blocks: (output, input ciphertext) -> diagonals. rotations: how often the result is added to itself,
+    turned by slots/2, slots/4, ...; the bias (output ciphertexts, slots) is added before.
+    """
+
+    blocks: Mapping[tuple[int, int], Block]
+    bias: NDArray[np.float64]
+    rotations: int
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        return len(self.bias)
+
+    @property
+    def diagonals(self) -> int:
+        return sum(len(block.shifts) for block in self.blocks.values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A polynomial on [-1, 1], ascending coefficients.
+
+    (degree + 1,) in the Chebyshev basis for all slots, or (degree + 1, ciphertexts, slots) powers of x.
+    """
+
+    coefficients: NDArray[np.float64]
+
+    @property
+    def degree(self) -> int:
+        return len(self.coefficients) - 1
+
+    @property
+    def levels(self) -> int:
+        return self.degree.bit_length()
+
+    @property
+    def each(self) -> bool:
+        """Whether slots have coefficients of their own."""
+        return self.coefficients.ndim > 1
+
+    def of(self, part: int) -> NDArray[np.float64]:
+        """The coefficients for one ciphertext of the value."""
+        return self.coefficients[:, part] if self.each else self.coefficients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite(Step):
+    """A composite polynomial, and its product with the input if `gated`: the levels of its stages, and one.
+
+    Without weights the degrees of its stages alone count.
+    """
+
+    stages: tuple[Stage, ...]
+    gated: bool
+
+    @property
+    def depth(self) -> int:
+        return sum(stage.levels for stage in self.stages) + self.gated
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Steps in order, the values that they make, and what keys they need."""
+
+    parameters: Parameters
+    steps: tuple[Affine | Composite, ...]
+    values: Mapping[str, Value]
+    input: str
+    output: str
+
+    @property
+    def levels(self) -> int:
+        return self.values[self.input].level - self.values[self.output].level
+
+    def rotations(self) -> tuple[int, ...]:
+        """Every rotation that a step makes."""
+        slots, found = self.parameters.slots, set[int]()
+        for step in self.steps:
+            if isinstance(step, Affine):
+                for block in step.blocks.values():
+                    baby, giant = steps(block.shifts, slots)
+                    found |= baby | giant
+                found |= {slots >> k for k in range(1, step.rotations + 1)}
+        return tuple(sorted(found - {0}))
+
+    def galois_elements(self) -> tuple[int, ...]:
+        """The elements of the keys that the server needs, ascending."""
+        return tuple(sorted({galois_element(k, self.parameters.log_n) for k in self.rotations()}))
+
+    def digest(self) -> str:
+        """SHA-256 of everything public."""
+        digest = hashlib.sha256(json.dumps(asdict(self.parameters)).encode())
+        for step in self.steps:
+            about: list[object] = [step.name, step.sources, step.level]
+            if isinstance(step, Affine):
+                about += [step.rotations, step.inputs, step.outputs]
+                about += [[pair, block.shifts, block.period] for pair, block in step.blocks.items()]
+            else:
+                about += [[stage.degree for stage in step.stages], step.gated]
+            digest.update(json.dumps(about).encode())
+        for name, value in self.values.items():
+            about = [name, value.scale, value.level, value.layout.shape, value.layout.period]
+            digest.update(json.dumps(about).encode())
+            digest.update(value.layout.positions.tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""CKKS: the configuration of the homomorphic runtime, which is also the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from tightrope.errors import InputError
+from tightrope.program import Op, Program, base_cost
+from tightrope.runtimes.ckks.affine import is_dense
+from tightrope.runtimes.ckks.compiler import OPS, check
+from tightrope.runtimes.ckks.parameters import Parameters, choose
+from tightrope.types import Cost, Json
+
+if TYPE_CHECKING:
+    from tightrope.runtimes.ckks.cost import Predicted
+    from tightrope.runtimes.ckks.execute import CKKSSession
+    from tightrope.runtimes.ckks.session import SimulatedSession
+
+
+@dataclass(frozen=True, kw_only=True)
+class CKKS:
+    """A client that holds the key and a server that holds the weights and computes on ciphertexts.
+
+    scale_bits: of the fixed point, and of every level: fewer leave room for more levels and less precision.
+    log_n: the ring's degree as a power of two, 0 for the smallest one that is secure and has the levels.
+    memory_bytes: what both processes together may take, 0 for four fifths of what is free; a session whose
+    estimate is larger is refused. threads: images that the server works on at a time. timeout_s: how long the
+    client waits for an answer; port: of the server on the loopback, 0 for a free one.
+
+    Raises InputError for a value out of range.
+    """
+
+    scale_bits: int = 40
+    log_n: int = 0
+    memory_bytes: int = 0
+    threads: int = 2
+    timeout_s: float = 3600.0
+    port: int = 0
+
+    name: ClassVar[str] = "ckks"
+    ops: ClassVar[frozenset[str]] = OPS
+    approximate: ClassVar[frozenset[str]] = frozenset()  # of `prices`, but for levels, which follow a path
+    settings: ClassVar[Mapping[str, Json]] = {}
+
+    def __post_init__(self) -> None:
+        limits = {
+            "memory_bytes": (0, 2**50),
+            "threads": (1, 64),
+            "timeout_s": (0.1, 1e6),
+            "port": (0, 65535),
+        }
+        for key, (low, high) in limits.items():
+            value = getattr(self, key)
+            if not low <= value <= high:
+                raise InputError(
+                    f"{key} is out of range", where="CKKS", got=value, allowed=f"{low} to {high}"
+                )
+        self.parameters(1)
+
+    def parameters(self, levels: int) -> Parameters:
+        """For a program of so many levels. Raises InputError where no secure ring has them."""
+        return choose(levels, self.scale_bits, self.log_n or None)
+
+    def price(self, op: Op) -> Cost:
+        """Levels of one op taken alone. What layers between them merge into one level is in `prices`."""
+        check(op)
+        levels = base_cost(op).ckks_levels or float(is_dense(op))
+        return replace(base_cost(op), ckks_levels=levels)
+
+    def prices(self, program: Program) -> dict[str, Cost]:
+        """What every op adds per sample among the others: a merged op is free, the last of a step pays."""
+        return dict(self.estimate(program).ops)
+
+    def pricing(self, **settings: Json) -> CKKS:
+        """Its own. Raises InputError for any setting: prices depend on no network or machine."""
+        if settings:
+            raise InputError("the ckks runtime prices for one machine only", got=", ".join(settings))
+        return self
+
+    def calibrate(self, progress: Callable[[str, int, int], None]) -> Mapping[str, Json]:
+        raise InputError("the ckks runtime has nothing to calibrate")
+
+    def exact(self, program: Program) -> Cost:
+        """Levels, bytes and the structural part of one sample as a run counts them, ms as predicted."""
+        return self.estimate(program).total
+
+    def estimate(self, program: Program, batch: int = 1) -> Predicted:
+        """What a batch will cost, op by op; levels of the whole follow the longest path."""
+        from tightrope.runtimes.ckks.cost import predict
+
+        return predict(program, self, batch)
+
+    def open(
+        self, program: Program, mode: Literal["simulate", "execute"] = "execute"
+    ) -> CKKSSession | SimulatedSession:
+        """Start the server and make keys (`execute`), or run on simulated ciphertexts (`simulate`).
+
+        Raises TraceError or InputError if the program cannot be executed, needs more levels than a secure
+        ring has, or more memory than allowed; ProtocolError if the server fails.
+        """
+        from tightrope.runtimes.ckks.session import open_session
+
+        return open_session(program, self, mode)

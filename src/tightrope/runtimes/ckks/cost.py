@@ -1,0 +1,184 @@
+"""What a circuit costs before it runs: levels and bytes exactly, memory and milliseconds as estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tightrope.program import Program, base_cost, deepest
+from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Value
+from tightrope.runtimes.ckks.compiler import compile_program
+from tightrope.runtimes.ckks.diagonals import steps
+from tightrope.runtimes.ckks.format import ciphertext_size, key_size
+from tightrope.runtimes.ckks.parameters import Parameters
+from tightrope.types import Cost, total
+
+if TYPE_CHECKING:
+    from tightrope.runtimes.ckks.config import CKKS
+
+# Milliseconds on one core of the machine that `benchmarks/bench_ckks.py` names: of one number-theoretic
+# transform per N log2(N), of a row of modular products per N, of carrying a ciphertext into the library and
+# out of it per byte, and of making, sending and reading a byte of key. Other machines differ by a factor.
+TRANSFORM_MS = 4.2e-7
+PRODUCT_MS = 3.0e-6
+COPY_MS = 8.0e-6
+KEY_MS = 1.0e-5
+MULTIPLICATIONS = {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 5}  # ciphertext products by degree
+KEY_COPIES = 3.2  # of the keys, while the server reads them: the mapped file, the library's copy, the keys
+WORKING_CIPHERTEXTS = 40  # per image in work: hoisted decompositions and results of the largest step
+PROCESS_BYTES = 350 << 20  # an interpreter with torch and a library, for each of client and server
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one session. `key_bytes` are sent once; `client_bytes` and `server_bytes` are peak memory."""
+
+    keys: int
+    key_bytes: int
+    client_bytes: int
+    server_bytes: int
+    setup_ms: float
+    image_ms: float
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.client_bytes + self.server_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.keys} keys of {self.key_bytes / 1e9:.2g} GB, memory {self.memory_bytes / 1e9:.2g} GB, "
+            f"about {self.setup_ms / 1e3:.2g} s for the keys and {self.image_ms / 1e3:.2g} s per image"
+        )
+
+
+def estimate(circuit: Circuit, threads: int) -> Estimate:
+    parameters = circuit.parameters
+    keys = len(circuit.galois_elements()) + 1
+    key_bytes = keys * parameters.key_bytes
+    diagonals = [8 * parameters.slots * s.diagonals for s in circuit.steps if isinstance(s, Affine)]
+    top = parameters.ciphertext_bytes(parameters.levels)
+    encoded = max((s.diagonals for s in circuit.steps if isinstance(s, Affine)), default=0) * top / 2
+    working = threads * int(WORKING_CIPHERTEXTS * top + encoded)
+    return Estimate(
+        keys=keys,
+        key_bytes=key_bytes,
+        client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
+        server_bytes=PROCESS_BYTES + int(KEY_COPIES * key_bytes) + 2 * sum(diagonals) + working,
+        setup_ms=key_bytes * KEY_MS,
+        image_ms=sum(step_ms(s, parameters, circuit.values) for s in circuit.steps),
+    )
+
+
+def step_ms(step: Affine | Composite, parameters: Parameters, values: Mapping[str, Value]) -> float:
+    """Transforms and products of a step's key switches, encodings and rescalings, and copies."""
+    held = [values[name] for name in (*step.sources, step.name)]
+    copied = sum(parameters.ciphertext_bytes(v.level) * v.layout.ciphertexts for v in held)
+    if isinstance(step, Affine):
+        return copied * COPY_MS + _affine_ms(step, parameters)
+    return copied * COPY_MS + _composite_ms(step, parameters) * held[0].layout.ciphertexts
+
+
+def _affine_ms(step: Affine, parameters: Parameters) -> float:
+    transforms, products = 0.0, 0.0
+    full, hoisted = _switch(parameters, step.level), _inner(parameters, step.level)
+    rows = step.level + 1 + len(parameters.p_bits)
+    for block in step.blocks.values():
+        baby, giant = steps(block.shifts, parameters.slots)
+        transforms += full[0] * len(giant) + rows * len(block.shifts)  # diagonals are encoded every time
+        products += full[1] * len(giant) + hoisted * len(baby) + 2 * rows * len(block.shifts)
+    transforms += (full[0] + 2 * step.level) * step.outputs + full[0] * step.rotations * step.outputs
+    products += full[1] * step.rotations * step.outputs
+    return _ms(parameters, transforms, products)
+
+
+def _composite_ms(step: Composite, parameters: Parameters) -> float:
+    total, level = 0.0, step.level
+    for stage in step.stages:
+        degree = stage.degree
+        count = MULTIPLICATIONS.get(degree, 2 * (degree.bit_length() + (degree // 8)))
+        total += count * multiplication_ms(parameters, level)
+        level -= degree.bit_length()
+    return total + step.gated * multiplication_ms(parameters, level)
+
+
+def multiplication_ms(parameters: Parameters, level: int) -> float:
+    """Of two ciphertexts, relinearised and rescaled."""
+    transforms, products = _switch(parameters, level)
+    return _ms(parameters, transforms + 4 * level, products + 4 * level)
+
+
+def _digits(parameters: Parameters, level: int) -> int:
+    return -(-(level + 1) // len(parameters.p_bits))
+
+
+def _inner(parameters: Parameters, level: int) -> float:
+    """Products of a decomposed ciphertext with a key."""
+    return _digits(parameters, level) * 2.0 * (level + 1 + len(parameters.p_bits))
+
+
+def _switch(parameters: Parameters, level: int) -> tuple[float, float]:
+    """Transforms and products of one key switch that shares nothing."""
+    rows = level + 1 + len(parameters.p_bits)
+    return float((_digits(parameters, level) + 2) * rows), _inner(parameters, level) + 2 * rows
+
+
+def _ms(parameters: Parameters, transforms: float, products: float) -> float:
+    n = 1 << parameters.log_n
+    return transforms * TRANSFORM_MS * n * parameters.log_n + products * PRODUCT_MS * n
+
+
+def links(circuit: Circuit, batch: int) -> dict[str, int]:
+    """Bytes of a batch's ciphertexts in each direction; frames and TLS records are not counted."""
+    up, down = (circuit.values[name] for name in (circuit.input, circuit.output))
+    sizes = [ciphertext_size(circuit.parameters, v.level) for v in (up, down)]
+    counts = [v.layout.ciphertexts for v in (up, down)]
+    directions = ("client->server", "server->client")
+    return {d: s * n * batch for d, s, n in zip(directions, sizes, counts, strict=True)}
+
+
+def setup_links(circuit: Circuit) -> dict[str, int]:
+    """Bytes of the keys: one for relinearisation, the others for rotations."""
+    relinearisation, rotation = (key_size(circuit.parameters, element=one) for one in (False, True))
+    return {"client->server": relinearisation + len(circuit.galois_elements()) * rotation}
+
+
+def op_costs(program: Program, circuit: Circuit, batch: int = 1) -> dict[str, Cost]:
+    """Levels, bytes and the structural part, exactly as a run counts them; steps pay at their last op.
+
+    The bytes of the input count for the first op, those of the result for the last one.
+    """
+    costs = {
+        op.name: replace(base_cost(op).scaled(batch), weights=base_cost(op).weights, ckks_levels=0)
+        for op in program.ops
+    }
+    for step in circuit.steps:
+        levels = 1 if isinstance(step, Affine) else step.depth
+        costs[step.ops[-1]] = replace(costs[step.ops[-1]], ckks_levels=levels)
+    sizes: Mapping[str, int] = links(circuit, batch)
+    for name, direction in (
+        (program.ops[0].name, "client->server"),
+        (program.ops[-1].name, "server->client"),
+    ):
+        costs[name] += Cost(online_bytes=sizes[direction])
+    return costs
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a batch will cost, by op and in all."""
+
+    ops: Mapping[str, Cost]
+    total: Cost
+
+
+def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
+    """Counts as a run makes them, and milliseconds; value ranges are not needed."""
+    names = (Program.INPUT, *(op.name for op in program.ops))
+    ranged = replace(program.public(), ranges=dict.fromkeys(names, 1.0) | dict(program.ranges))
+    circuit = compile_program(ranged, config.parameters)
+    costs = op_costs(program, circuit, batch)
+    for step in circuit.steps:
+        costs[step.ops[-1]] += Cost(online_ms=batch * step_ms(step, circuit.parameters, circuit.values))
+    levels = deepest(program, {name: cost.ckks_levels for name, cost in costs.items()})
+    return Predicted(costs, replace(total(costs.values()), ckks_levels=levels))

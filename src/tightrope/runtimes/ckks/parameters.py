@@ -1,0 +1,129 @@
+"""CKKS parameters: what a program's levels need, and the security table that they must stay within.
+
+The secret is ternary and dense (N/2 nonzero coefficients). The largest moduli at 128 bits are those of the
+HomomorphicEncryption.org standard (Albrecht et al. 2018, table 1) for ternary secrets; the modulus counts all
+primes, those of key switching and of bootstrapping included. Libraries of the field do not check it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tightrope.errors import InputError
+from tightrope.types import Json
+
+MAX_LOG_QP: Mapping[int, int] = {14: 438, 15: 881, 16: 1767}
+BASE_BITS = 10  # how much larger the last prime is than the scale: room for values beyond 1 at level 0
+MAX_SPECIAL = 4  # primes of key switching; more of them make keys smaller and use up modulus
+SCALE_BITS = (30, 50)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A ring of degree 2^log_n with primes of these sizes; `q_bits` has one more than there are levels.
+
+    Raises InputError where the modulus is larger than the table allows, unless `insecure`, which only
+    `insecure_test_parameters` sets.
+    """
+
+    log_n: int
+    q_bits: tuple[int, ...]
+    p_bits: tuple[int, ...]
+    scale_bits: int
+    insecure: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.insecure and (self.log_n not in MAX_LOG_QP or self.log_qp > MAX_LOG_QP[self.log_n]):
+            raise InputError(
+                "these CKKS parameters are not secure",
+                got=f"log2(QP) = {self.log_qp} for N = 2^{self.log_n}",
+                allowed="; ".join(f"at most {most} for N = 2^{n}" for n, most in MAX_LOG_QP.items()),
+                fix="fewer levels, a larger ring, or a smaller scale",
+            )
+
+    @property
+    def slots(self) -> int:
+        return 1 << (self.log_n - 1)
+
+    @property
+    def levels(self) -> int:
+        return len(self.q_bits) - 1
+
+    @property
+    def log_qp(self) -> int:
+        return sum(self.q_bits) + sum(self.p_bits)
+
+    @property
+    def digits(self) -> int:
+        """Parts into which key switching decomposes a ciphertext of the top level."""
+        return -(-len(self.q_bits) // len(self.p_bits))
+
+    @property
+    def key_bytes(self) -> int:
+        """The numbers of one evaluation key."""
+        return self.digits * 2 * (len(self.q_bits) + len(self.p_bits)) * (8 << self.log_n)
+
+    def ciphertext_bytes(self, level: int) -> int:
+        """The numbers of one ciphertext."""
+        return 2 * (level + 1) * (8 << self.log_n)
+
+    def library(self) -> dict[str, Json]:
+        """As the evaluator's container names them."""
+        return {
+            "logn": self.log_n,
+            "logq": list(self.q_bits),
+            "logp": list(self.p_bits),
+            "log_default_scale": self.scale_bits,
+            "h": self.slots,
+            "ring_type": "standard",
+            "boot_logp": None,
+            "btp_logn": None,
+        }
+
+
+def choose(levels: int, scale_bits: int, log_n: int | None = None) -> Parameters:
+    """The smallest secure ring (or the given one) with so many levels, and as few key bytes as it allows.
+
+    Raises InputError for a scale out of range, an unknown ring, and levels that do not fit.
+    """
+    if not SCALE_BITS[0] <= scale_bits <= SCALE_BITS[1]:
+        raise InputError(
+            "scale_bits is out of range", got=scale_bits, allowed=f"{SCALE_BITS[0]} to {SCALE_BITS[1]}"
+        )
+    if log_n is not None and log_n not in MAX_LOG_QP:
+        raise InputError("no such ring", got=f"log_n={log_n}", allowed=tuple(map(str, MAX_LOG_QP)))
+    for n in MAX_LOG_QP if log_n is None else (log_n,):
+        fitting = [p for p in _candidates(levels, scale_bits, n) if sum(p[0] + p[1]) <= MAX_LOG_QP[n]]
+        if fitting:
+            return min((Parameters(n, q, p, scale_bits) for q, p in fitting), key=lambda c: c.key_bytes)
+    largest = max(MAX_LOG_QP) if log_n is None else log_n
+    raise InputError(
+        "the program needs more levels than a secure ring has",
+        got=f"{levels} levels of {scale_bits} bits",
+        allowed=f"{max_levels(largest, scale_bits)} levels for N = 2^{largest}",
+        fix="activations of lower degree, fewer of them, or a smaller scale_bits",
+    )
+
+
+def max_levels(log_n: int, scale_bits: int) -> int:
+    """How many levels a secure ring has, with one prime for key switching."""
+    base = scale_bits + BASE_BITS
+    return (MAX_LOG_QP[log_n] - base - (base + 1)) // scale_bits
+
+
+def insecure_test_parameters(levels: int, *, log_n: int = 12, scale_bits: int = 40) -> Parameters:
+    """Small rings for tests: they protect nothing, and no option of the runtime leads here."""
+    q, p = _candidates(levels, scale_bits, log_n)[1]
+    return Parameters(log_n, q, p, scale_bits, insecure=True)
+
+
+Primes = tuple[int, ...]
+
+
+def _candidates(levels: int, scale_bits: int, log_n: int) -> list[tuple[Primes, Primes]]:
+    """Prime sizes by number of special primes: each set exceeds the largest digit by a bit a prime."""
+    q = (scale_bits + BASE_BITS, *(scale_bits,) * levels)
+    counts = range(1, min(MAX_SPECIAL, max(2, levels)) + 1)
+    return [(q, (math.ceil(sum(q[:k]) / k) + 1,) * k) for k in counts]

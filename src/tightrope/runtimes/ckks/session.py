@@ -1,0 +1,112 @@
+"""Open a session: in the clear on simulated ciphertexts, or encrypted with a server of its own."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tightrope.errors import InputError
+from tightrope.program import Program
+from tightrope.runtimes.ckks import cost
+from tightrope.runtimes.ckks.books import Books
+from tightrope.runtimes.ckks.circuit import Circuit
+from tightrope.runtimes.ckks.compiler import compile_program
+from tightrope.runtimes.ckks.evaluate import evaluate
+from tightrope.runtimes.ckks.execute import CKKSSession
+from tightrope.runtimes.ckks.simulated import Simulator
+from tightrope.types import Measurement
+
+if TYPE_CHECKING:
+    from tightrope.runtimes.ckks.config import CKKS
+
+MODES = ("simulate", "execute")
+TELL_MS, TELL_BYTES = 60_000.0, 1 << 30  # what costs more is announced
+FREE_SHARE = 0.8
+SIGMAS = 6.0  # of the noise, behind the predicted error
+
+
+def open_session(program: Program, config: CKKS, mode: str) -> CKKSSession | SimulatedSession:
+    """See `CKKS.open`."""
+    if mode not in MODES:
+        raise InputError("unknown mode", where="ckks", got=mode, allowed=MODES)
+    circuit = compile_program(program if mode == "simulate" else program.public(), config.parameters)
+    return begin(program, config, circuit, mode)
+
+
+def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSession | SimulatedSession:
+    """A session of a compiled circuit. The client's has no weights in it."""
+    if mode == "simulate":
+        return SimulatedSession(program, config, circuit)
+    estimate = cost.estimate(circuit, config.threads)
+    free = config.memory_bytes or int(FREE_SHARE * _free_bytes())
+    if estimate.memory_bytes > free:
+        raise InputError(
+            "the session needs more memory than allowed",
+            where=f"ckks, {estimate.keys} keys of {circuit.parameters.key_bytes / 1e6:.0f} MB each",
+            got=f"{estimate.memory_bytes / 1e9:.3g} GB",
+            allowed=f"{free / 1e9:.3g} GB",
+            fix="activations of fewer levels, fewer threads, or a larger memory_bytes",
+        )
+    if estimate.setup_ms > TELL_MS or estimate.memory_bytes > TELL_BYTES:
+        print(f"ckks: {estimate}", file=sys.stderr)
+    return CKKSSession(program, config, circuit)
+
+
+def _free_bytes() -> int:
+    with open("/proc/meminfo") as file:
+        available = next(line for line in file if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
+
+
+class SimulatedSession(Books):
+    """The same evaluator on simulated ciphertexts: exact packing, predicted levels, noise and times."""
+
+    def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
+        """(N, *input_shape) -> (N, *output shape) without noise. The measurement's config holds
+        `predicted_error`, which the largest error of a real run should stay below, and `beyond_range`, per
+        polynomial the number of its inputs outside the calibrated range, of which a warning tells.
+
+        Raises InputError for an input of another shape or not finite.
+        """
+        x = np.ascontiguousarray(x, np.float64)
+        self.program.check_input(x)
+        outputs, spent, noise = [], [], 0.0
+        simulator = Simulator(self.circuit)
+        level = self.circuit.values[self.circuit.input].level
+        for sample in x:
+            inputs = simulator.encrypt(self.packed(sample), level)
+            outcome = evaluate(self.circuit, simulator, inputs)
+            outputs.append(self.unpacked([y.slots for y in outcome.outputs]))
+            predicted = {
+                s.name: cost.step_ms(s, self.circuit.parameters, self.circuit.values)
+                for s in self.circuit.steps
+            }
+            spent.append([replace(one, ms=predicted[one.step]) for one in outcome.spent])
+            noise = max(noise, *(y.noise for y in outcome.outputs))
+        beyond = {name: count for name, count in simulator.beyond.items() if count}
+        if beyond:
+            where = ", ".join(f"{name} ({count})" for name, count in beyond.items())
+            warnings.warn(
+                f"values outside the calibrated range, where polynomials may explode: {where}", stacklevel=2
+            )
+        elapsed = sum(one.ms for sample in spent for one in sample)
+        memory = cost.estimate(self.circuit, self.config.threads).memory_bytes
+        error = SIGMAS * noise * self.circuit.values[self.circuit.output].scale
+        measurement = self.measured(
+            "simulate", spent, memory, elapsed, predicted_error=error, beyond_range=beyond
+        )
+        return np.stack(outputs), measurement
+
+    def __enter__(self) -> SimulatedSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        return None

@@ -1,0 +1,119 @@
+"""Ciphertexts in the clear that keep the books of real ones: level, noise, values beyond their range.
+
+The noise is the standard deviation of a slot. Every rescaling, key switching and encryption rounds each
+coefficient of a polynomial and multiplies the rounding by the secret: sqrt((h + 1) / 12) per coefficient for
+h nonzero ones, sqrt(N / 2) times that per slot (Kim et al. 2022, "Approximate homomorphic encryption with
+reduced approximation error", section 3). A map adds variances, a polynomial multiplies by its slope. The
+product of a gate is rescaled by a prime that is not exactly the scale, for which the next map takes it:
+primes are 1 modulo 2N, so on average N ln(scale) apart, and the farthest of L is L / 2 of these gaps away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.polynomial import chebyshev
+from numpy.typing import NDArray
+
+from tightrope.errors import ProtocolError
+from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Stage
+from tightrope.runtimes.ckks.parameters import Parameters
+
+BEYOND = 1.0 + 1e-9  # calibrated ranges are where the values reach 1
+
+
+@dataclass(frozen=True)
+class Simulated:
+    slots: NDArray[np.float64]
+    level: int
+    noise: float
+
+
+def rounding(parameters: Parameters) -> float:
+    """The standard deviation that one rounding leaves in a slot."""
+    h = parameters.slots
+    return math.sqrt((h + 1) / 12 * parameters.slots) * 2.0**-parameters.scale_bits
+
+
+def _evaluate(stage: Stage, part: int, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """The polynomial in every slot, and its steepest slope."""
+    c = stage.of(part)
+    if not stage.each:
+        y = np.asarray(chebyshev.chebval(x, c), np.float64)
+        return y, float(np.abs(chebyshev.chebval(x, chebyshev.chebder(c))).max())
+    powers = np.arange(len(c))[:, None]
+    slope = (powers[1:] * c[1:] * x ** (powers[1:] - 1)).sum(0)
+    return (c * x**powers).sum(0), float(np.abs(slope).max())
+
+
+def _drift(parameters: Parameters) -> float:
+    """How far the farthest prime is from the scale, as a part of it."""
+    gap = (1 << parameters.log_n) * parameters.scale_bits * math.log(2)
+    return parameters.levels / 2 * gap * 2.0**-parameters.scale_bits
+
+
+class Simulator:
+    """A `Backend`. `beyond` counts, per polynomial, the values outside its calibrated range."""
+
+    def __init__(self, circuit: Circuit) -> None:
+        self._parameters = circuit.parameters
+        self._values = circuit.values
+        self._rounding = rounding(circuit.parameters)
+        self._drift = _drift(circuit.parameters)
+        self.beyond: dict[str, int] = {}
+
+    def encrypt(self, slots: NDArray[np.float64], level: int) -> list[Simulated]:
+        return [Simulated(row, level, self._rounding) for row in slots]
+
+    def level(self, ciphertext: Simulated) -> int:
+        return ciphertext.level
+
+    def affine(self, step: Affine, inputs: Sequence[Simulated]) -> list[Simulated]:
+        level = self._spend(step.name, min(x.level for x in inputs), 1)
+        slots = self._parameters.slots
+        made = []
+        for r in range(step.outputs):
+            total, variance = step.bias[r].copy(), np.zeros(slots)
+            for c, x in enumerate(inputs):
+                if (block := step.blocks.get((r, c))) is None:
+                    continue
+                for shift, diagonal in zip(block.shifts, block.dense(slots), strict=True):
+                    total += diagonal * np.roll(x.slots, -shift)
+                    variance += diagonal**2 * (x.noise**2 + self._rounding**2)
+            for k in range(1, step.rotations + 1):
+                total += np.roll(total, -(slots >> k))
+                variance += np.roll(variance, -(slots >> k)) + self._rounding**2
+            made.append(Simulated(total, level, math.sqrt(variance.max() + self._rounding**2)))
+        return made
+
+    def composite(self, step: Composite, inputs: Sequence[Simulated]) -> list[Simulated]:
+        made = []
+        for part, x in enumerate(inputs):
+            level = self._spend(step.name, x.level, step.depth)
+            y, noise = x.slots, x.noise
+            for stage in step.stages:
+                y, slope = _evaluate(stage, part, y)
+                rounded = float(np.abs(stage.of(part)).sum(0).max()) * self._rounding
+                drift = self._drift * float(np.abs(y).max()) if stage.each else 0.0
+                noise = math.hypot(slope * noise, rounded, drift)
+            if step.gated:
+                largest = [float(np.abs(v).max()) for v in (x.slots, y)]
+                y = x.slots * y
+                drift = self._drift * float(np.abs(y).max())
+                noise = math.hypot(largest[0] * noise, largest[1] * x.noise, self._rounding, drift)
+            made.append(Simulated(y, level, noise))
+        self._count(
+            step.name, self._values[step.sources[0]].layout.unpack(np.stack([x.slots for x in inputs]))
+        )
+        return made
+
+    def _count(self, step: str, values: NDArray[np.float64]) -> None:
+        self.beyond[step] = self.beyond.get(step, 0) + int((np.abs(values) > BEYOND).sum())
+
+    def _spend(self, step: str, level: int, levels: int) -> int:
+        if level < levels:
+            raise ProtocolError("no level is left", where=step, got=level, allowed=f"{levels} or more")
+        return level - levels

@@ -1,0 +1,85 @@
+"""Messages: only the pinned peer, only the agreed kind and size."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+from tightrope.errors import ProtocolError
+from tightrope.runtimes.ckks.link import EVALUATE, FAILED, KEY, Link, make_identity, tls_context
+
+
+def pair(trusted: bool = True) -> tuple[Any, Any]:
+    client, server, other = (make_identity(name) for name in ("client", "server", "other"))
+    near, far = socket.socketpair(socket.AF_UNIX)
+    made: list[Any] = []
+
+    def accept() -> None:
+        pinned = client if trusted else other
+        try:
+            made.append(Link(_tcp(far), tls_context(server, pinned.certificate, accepts=True), "client", 5))
+        except ProtocolError as error:
+            made.append(error)
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    link = Link(_tcp(near), tls_context(client, server.certificate, accepts=False), "server", 5)
+    thread.join()
+    return link, made[0]
+
+
+def _tcp(raw: socket.socket) -> socket.socket:
+    """A socket pair is not TCP, and knows no delay to switch off."""
+
+    class Local(socket.socket):
+        def setsockopt(self, *_: Any) -> None:
+            return None
+
+    return Local(raw.family, raw.type, raw.proto, raw.detach())
+
+
+def test_messages_arrive_whole_and_are_counted() -> None:
+    near, far = pair()
+    near.send(KEY, {"a": 1}, [b"x" * 100_000, b""])
+    assert far.receive(KEY, 2, 100_000) == ({"a": 1}, [b"x" * 100_000, b""])
+    assert near.sent == far.received == 100_000
+    near.close()
+    assert far.receive(KEY, 2, 10) is None
+    far.close()
+
+
+def test_a_stranger_is_refused() -> None:
+    near, refusal = pair(trusted=False)
+    assert isinstance(refusal, ProtocolError) and "no TLS" in str(refusal)
+    with pytest.raises(ProtocolError):
+        near.receive(KEY, 1, 1)
+    near.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "match"),
+    [
+        (EVALUATE, [b"x"], "another message"),
+        (KEY, [b"x", b"y"], "another message"),
+        (KEY, [b"x" * 11], "too much"),
+    ],
+)
+def test_other_messages_are_refused(kind: int, parts: list[bytes], match: str) -> None:
+    near, far = pair()
+    near.send(kind, {}, parts)
+    with pytest.raises(ProtocolError, match=match):
+        far.receive(KEY, 1, 10)
+    near.close()
+    far.close()
+
+
+def test_a_failure_is_told() -> None:
+    near, far = pair()
+    near.send(FAILED, {"text": "no such rotation"})
+    with pytest.raises(ProtocolError, match="no such rotation"):
+        far.receive(KEY, 1, 10)
+    near.close()
+    far.close()

@@ -1,0 +1,189 @@
+"""Packing: what rotations, diagonals and sums make of a value is what the Program makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ckks_toys import ToyCKKS
+from generated import cnns
+from networks import Chain, settle
+from tightrope.errors import InputError, TraceError
+from tightrope.lower import lower
+from tightrope.nn import PolynomialActivation
+from tightrope.program import Program
+from tightrope.runtimes.ckks import CKKS
+from tightrope.runtimes.ckks.compiler import OPS, compile_program
+from tightrope.runtimes.ckks.diagonals import steps
+from tightrope.runtimes.plain import evaluate, ranges
+
+QUADRATIC = [[0.1, 0.5, 0.25]]
+
+
+def calibrated(net: nn.Module, shape: tuple[int, ...], seed: int = 0) -> tuple[Program, Tensor]:
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(seed))
+    return ranges(lower(nn.Sequential(net).eval(), shape), [x]), x
+
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.Sigmoid, nn.Hardsigmoid, F.relu, F.relu6)
+
+
+def polynomial(net: Chain) -> nn.Module:
+    """The network with a quadratic for every activation of its own."""
+
+    def smooth(step: Any) -> Any:
+        known = step in ACTIVATIONS or type(step) in ACTIVATIONS
+        return PolynomialActivation(QUADRATIC, gated=False) if known else step
+
+    return Chain(*map(smooth, net.steps)).eval()
+
+
+def simulated_gap(program: Program, x: Tensor, ring: int) -> float:
+    with ToyCKKS(ring=ring).open(program, "simulate") as session:
+        y, measured = session.run(x.numpy())
+    assert measured.total.ckks_levels == measured.config["levels_planned"]
+    want = evaluate(program, x).numpy()
+    return float(np.abs(y - want).max() / max(1.0, np.abs(want).max()))
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+@given(made=cnns(), ring=st.sampled_from([6, 8, 12]))
+def test_random_networks_are_packed_exactly(made: tuple[Chain, tuple[int, ...]], ring: int) -> None:
+    """In rings so small that values take many ciphertexts, and so large that they repeat."""
+    net, shape = made
+    program, x = calibrated(polynomial(net), shape)
+    assume(program.ops and all(op.kind in OPS for op in program.ops))
+    assert simulated_gap(program, x[:2], ring) < 1e-11
+    circuit = compile_program(program, ToyCKKS(ring=ring).parameters)
+    public = compile_program(program.public(), ToyCKKS(ring=ring).parameters)
+    zeros = {name: np.zeros_like(tensor) for name, tensor in program.tensors.items()}
+    pruned = compile_program(replace(program, tensors=zeros), ToyCKKS(ring=ring).parameters)
+    assert circuit.digest() == public.digest() == pruned.digest()  # weights leave no trace in what is public
+
+
+LAYERS = {
+    "strided twice": (nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, 2, 1)), (1, 14, 14)),
+    "groups and dilation": (nn.Conv2d(8, 6, 3, padding=(2, 1), dilation=2, groups=2), (8, 9, 7)),
+    "depthwise, uneven stride": (nn.Conv2d(6, 6, (3, 5), (2, 1), (1, 2), groups=6), (6, 9, 7)),
+    "more outputs than inputs": (nn.Conv2d(2, 40, 1), (2, 8, 8)),
+    "one by one after a pool": (nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.Conv2d(4, 3, 1)), (4, 9, 9)),
+    "ragged pool": (nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), (2, 8, 8)),
+    "dense": (nn.Sequential(nn.Flatten(), nn.Linear(75, 300), nn.Linear(300, 3)), (3, 5, 5)),
+    "classifier": (
+        nn.Sequential(nn.Conv2d(2, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+        (2, 12, 12),
+    ),
+    "enlarged": (
+        nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1), nn.Upsample(scale_factor=2, mode="bilinear")), (2, 8, 8)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ring", [7, 10, 13])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_packed_exactly(name: str, ring: int) -> None:
+    net, shape = LAYERS[name]
+    program, x = calibrated(net, shape)
+    assert simulated_gap(program, x[:2], ring) < 1e-12
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, which is a convolution too if `wide`."""
+
+    def __init__(self, wide: bool) -> None:
+        super().__init__()
+        stride, out = (2, 8) if wide else (1, 4)
+        self.conv1, self.conv2 = nn.Conv2d(4, out, 3, stride, 1), nn.Conv2d(out, out, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(out)
+        self.short = nn.Conv2d(4, out, 1, stride) if wide else nn.Identity()
+        self.act1, self.act2 = (PolynomialActivation(QUADRATIC, gated=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act2(self.norm(self.conv2(self.act1(self.conv1(x)))) + self.short(x))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_residual_block_costs_one_level_per_layer(wide: bool) -> None:
+    """The sum, batch-norm and the shortcut's convolution are merged into the second convolution."""
+    program, x = calibrated(settle(Block(wide)), (4, 8, 8))
+    circuit = compile_program(program, ToyCKKS().parameters)
+    assert circuit.levels == 1 + 2 + 1 + 2
+    assert simulated_gap(program, x, 11) < 1e-12
+
+
+def test_a_strided_convolution_takes_as_few_diagonals_as_a_plain_one() -> None:
+    """Multiplexed packing: 28x28 in blocks of 1024 slots, 8 blocks repeating: 8 * 9 diagonals and a fold."""
+    for stride in (1, 2):
+        program, _ = calibrated(nn.Conv2d(8, 8, 3, stride, 1), (8, 28, 28))
+        (step,) = compile_program(program, CKKS().parameters).steps
+        assert step.diagonals <= 72 * (1 if stride == 1 else 2)  # type: ignore[union-attr]
+        assert step.outputs == 1  # type: ignore[union-attr]
+
+
+def test_diagonals_are_split_into_baby_and_giant_steps() -> None:
+    """Lattigo's choice for these, as its tests and the published Python port have it."""
+    baby, giant = steps(range(64), 4096)
+    assert len(baby) * len(giant) == 64
+    assert {b + g for b in baby for g in giant} == set(range(64))
+    assert steps([5], 4096) == ({0}, {5})
+
+
+def test_prices_say_what_a_run_counts() -> None:
+    program, _ = calibrated(settle(Block(True)), (4, 8, 8))
+    prices = CKKS().prices(replace(program, ranges={}))
+    levels = {name: cost.ckks_levels for name, cost in prices.items() if cost.ckks_levels}
+    assert sorted(levels.values()) == [1, 1, 2, 2]
+    assert all(cost.online_ms > 0 for name, cost in prices.items() if name in levels)
+    assert CKKS().price(program.ops[0]).ckks_levels == 1
+
+
+def test_values_beyond_the_calibrated_range_are_counted_and_told() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), PolynomialActivation(QUADRATIC, gated=False))
+    program, x = calibrated(net, (1, 4, 4))
+    with ToyCKKS().open(program, "simulate") as session:
+        with pytest.warns(UserWarning, match="outside the calibrated range"):
+            _, measured = session.run(3 * x.numpy())
+        assert sum(measured.config["beyond_range"].values()) > 0
+        _, measured = session.run(x.numpy())
+        assert measured.config["beyond_range"] == {}
+
+
+def test_what_cannot_be_executed_is_refused_by_name() -> None:
+    program, _ = calibrated(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), (1, 4, 4))
+    with pytest.raises(TraceError, match="cannot execute") as error:
+        CKKS().open(program)
+    assert "relu" in str(error.value) and program.ops[-1].name in str(error.value)
+    with pytest.raises(InputError, match="no calibrated ranges"):
+        CKKS().open(lower(nn.Sequential(nn.Conv2d(1, 2, 1)), (1, 4, 4)))
+    deep = [PolynomialActivation([[0.0, 0.5] + [0.1] * 6], gated=True) for _ in range(12)]
+    program, _ = calibrated(nn.Sequential(*deep), (1, 4, 4))
+    with pytest.raises(InputError, match="48 levels of 40 bits") as refused:
+        CKKS().open(program)
+    assert "levels for N = 2^16" in str(refused.value)
+
+
+def test_channels_of_their_own_are_refused_above_degree_three() -> None:
+    net = PolynomialActivation(torch.randn(1, 2, 5), gated=False)
+    program, _ = calibrated(net, (2, 4, 4))
+    with pytest.raises(TraceError, match="degree 4 with coefficients of their own in 2 channels"):
+        ToyCKKS().open(program, "simulate")
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("ring", [5, 10])
+def test_channels_of_their_own(degree: int, ring: int) -> None:
+    net = PolynomialActivation(torch.randn(1, 3, degree + 1), gated=True)
+    program, x = calibrated(nn.Sequential(nn.Conv2d(1, 3, 3), net), (1, 6, 6))
+    assert simulated_gap(program, x, ring) < 1e-12

@@ -1,0 +1,162 @@
+"""Encrypted runs on toy rings: a server process, real keys and ciphertexts, and what is refused."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ckks_toys import ToyCKKS
+from small_networks import images, network
+from tightrope.errors import InputError, ProtocolError
+from tightrope.program import Program
+from tightrope.runtimes.ckks import lattigo
+from tightrope.runtimes.ckks.compiler import compile_program
+from tightrope.runtimes.ckks.format import METADATA_BYTES, check_ciphertext, check_key
+from tightrope.runtimes.plain import evaluate
+
+pytest.importorskip("lattigo")
+pytest.importorskip("orion_evaluator")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return network("polynomials")
+
+
+@pytest.fixture(scope="module")
+def session(program: Program) -> Iterator[Any]:
+    with ToyCKKS().open(program, "execute") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def client(program: Program) -> Iterator[lattigo.Client]:
+    made = lattigo.Client(compile_program(program.public(), ToyCKKS().parameters))
+    yield made
+    made.close()
+
+
+def test_an_encrypted_run_is_what_simulation_predicts(program: Program, session: Any) -> None:
+    x = images(3)
+    y, measured = session.run(x.numpy())
+    with ToyCKKS().open(program, "simulate") as simulated:
+        _, predicted = simulated.run(x.numpy())
+    error = float(np.abs(y - evaluate(program, x).numpy()).max())
+    assert 0 < error < predicted.config["predicted_error"] < 1e-5
+    assert measured.total.ckks_levels == predicted.total.ckks_levels == measured.config["levels_planned"]
+    assert measured.links == predicted.links
+    assert sum(measured.links.values()) == measured.total.online_bytes
+    assert measured.setup_links == session.setup_links == predicted.setup_links
+    sent = session._link.sent - session.setup_links["client->server"]
+    assert sent == measured.links["client->server"]
+    assert session._link.received == measured.links["server->client"]
+    for ours, theirs in zip(measured.ops, predicted.ops, strict=True):
+        assert ours.op == theirs.op and ours.cost.ckks_levels == theirs.cost.ckks_levels
+
+
+def test_the_server_knows_no_secret(session: Any) -> None:
+    assert not session.program.tensors  # nor the client the weights
+    assert "secret" not in vars(session._link)
+
+
+def test_bad_inputs_are_refused_and_do_no_harm(session: Any) -> None:
+    for wrong in (np.zeros((2, 7, 9)), np.full((1, 2, 7, 9), np.nan)):
+        with pytest.raises(InputError, match="input"):
+            session.run(wrong)
+    with pytest.raises(InputError, match="larger than the calibration data"):
+        session.run(100 * images(1).numpy())
+    session.run(images(1).numpy())
+
+
+def test_more_memory_than_allowed_is_refused_with_both_values(program: Program) -> None:
+    with pytest.raises(InputError, match="needs more memory than allowed") as error:
+        ToyCKKS(memory_bytes=10**8).open(program)
+    assert "0.1 GB" in str(error.value) and "keys of" in str(error.value)
+
+
+class Cut:
+    """A client that damages what it sends."""
+
+    def __init__(self, inner: Any, **changes: Any) -> None:
+        self._inner, self._changes = inner, changes
+
+    def __getattr__(self, name: str) -> Any:
+        return self._changes.get(name, getattr(self._inner, name))
+
+
+@pytest.mark.slow
+def test_a_truncated_ciphertext_is_named_and_ends_the_session(program: Program) -> None:
+    with ToyCKKS().open(program) as opened:
+        real = opened._client
+        opened._client = Cut(real, encrypt=lambda slots, level: real.encrypt(slots, level)[:-100])
+        with pytest.raises(ProtocolError, match="truncated"):
+            opened.run(images(1).numpy())
+        with pytest.raises(ProtocolError, match="closed"):
+            opened.run(images(1).numpy())
+        real.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["missing", "truncated"])
+def test_a_bad_key_is_named(program: Program, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    honest = lattigo.Client.make_keys
+
+    def keys(self: lattigo.Client) -> Iterator[tuple[int | None, bytes]]:
+        first, second, *_ = made = list(honest(self))
+        yield first
+        if what == "missing":
+            yield from made[2:]  # the server is told another key than the next one
+        yield second[0], second[1][:-8]
+
+    monkeypatch.setattr(lattigo.Client, "make_keys", keys)
+    with pytest.raises(ProtocolError, match=r"for another rotation|truncated") as error:
+        ToyCKKS().open(program)
+    assert "Galois key of element" in str(error.value)
+
+
+def test_lengths_inside_ciphertexts_are_checked(client: lattigo.Client) -> None:
+    """The library's own reader does not return from some of these."""
+    parameters = client._circuit.parameters
+    data = client.encrypt(np.zeros(parameters.slots), 3)
+    assert check_ciphertext(data, parameters, "here") == 3
+    degree = 1 << parameters.log_n
+    lengths = [METADATA_BYTES, METADATA_BYTES + 8, METADATA_BYTES + 16, METADATA_BYTES + 24 + 8 * degree]
+    for at in lengths:
+        for value in (0, 1 << 60):
+            damaged = data[:at] + struct.pack("<Q", value) + data[at + 8 :]
+            with pytest.raises(ProtocolError, match="length"):
+                check_ciphertext(damaged, parameters, "here")
+    for damaged in (b"", data[:20], data[:-1], data + b"x", data[8:] + data[:8], bytes(len(data))):
+        with pytest.raises(ProtocolError, match="ciphertext"):
+            check_ciphertext(damaged, parameters, "here")
+
+
+def test_lengths_inside_keys_are_checked(client: lattigo.Client) -> None:
+    parameters = client._circuit.parameters
+    keys = client.make_keys()
+    (none, first), (element, second) = next(keys), next(keys)
+    assert none is None
+    check_key(first, parameters, None, "here")
+    check_key(second, parameters, element, "here")
+    for data, of in ((first, None), (second, element)):
+        with pytest.raises(ProtocolError, match="truncated"):
+            check_key(data[:-8], parameters, of, "here")
+        at = 8 if of is None else 24
+        damaged = data[:at] + struct.pack("<Q", 1 << 50) + data[at + 8 :]
+        with pytest.raises(ProtocolError, match="length"):
+            check_key(damaged, parameters, of, "here")
+    with pytest.raises(ProtocolError, match="another rotation"):
+        check_key(second, parameters, 3, "here")
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_is_noticed_at_once(program: Program) -> None:
+    with ToyCKKS().open(program) as opened:
+        opened._process.kill()
+        with pytest.raises(ProtocolError, match="server") as error:
+            opened.run(images(1).numpy())
+    assert "status -9" in str(error.value)
