@@ -94,7 +94,9 @@ def serve(config: ConfigFile, role: RoleName = None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for all threads, also the libraries'; awaited below
     try:
         from tightrope.runtimes.mpc.settings import read_settings
+        from tightrope.runtimes.mpc.worker import keep_memory
 
+        keep_memory()
         settings = read_settings(config, role)
         with _desk(settings) if settings.role == "client" else _service(settings) as served:
             _until(signals, served)

@@ -129,10 +129,10 @@ def _multiply_offline(step: Multiply, batch: int) -> tuple[Part, ...]:
 
 
 def _opening_offline(
-    wire: Wire, size: int, fields: tuple[Field, ...], comparisons: int, levels: int, batch: int
+    wire: Wire, size: int, fields: tuple[Field, ...], keys: int, levels: int, batch: int
 ) -> tuple[Part, ...]:
     """r, its shares and the roots of the keys, drawn by whoever uses them; the dealer makes the rest."""
-    own = _bytes(wire, size, batch) + BLOCK_BYTES * batch * comparisons
+    own = _bytes(wire, size, batch) + BLOCK_BYTES * batch * keys
     shares = sum(f.bytes(batch) for f in fields)
     words = float(batch * sum(f.count for f in fields if f.unit != "bit"))
     return (
@@ -141,7 +141,7 @@ def _opening_offline(
             "server": {"deal": 1.0, "drawn": own},
             "dealer": {
                 "deal": 1.0, "drawn": 2 * own + shares, "shared": words,
-                "keyed": float(batch * comparisons * levels),
+                "keyed": float(batch * keys * levels),
             },
         },
         {"client": {"element": 2.0 * batch * size}} if wire.static else {},
@@ -155,7 +155,7 @@ def _truncate_offline(step: Truncate, batch: int) -> tuple[Part, ...]:
 
 def _gate_offline(step: Gate, batch: int) -> tuple[Part, ...]:
     levels = word_levels(step.bits) + 1
-    return _opening_offline(step.input, step.opened_size, step.share_fields, step.drelus, levels, batch)
+    return _opening_offline(step.input, step.opened_size, step.share_fields, step.tiles, levels, batch)
 
 
 def _product_offline(step: Product, batch: int) -> tuple[Part, ...]:
