@@ -116,7 +116,7 @@ def refine(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> Json:
-    """Measure the options again in a fine-tuned network, and choose better ones; then fine-tune on."""
+    """Measure the options again in a fine-tuned network, and solve again; then fine-tune on."""
     from tightrope import replan
     from tightrope.bundle import Bundle
 
