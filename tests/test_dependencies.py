@@ -37,6 +37,23 @@ LOWER: dict[str, set[str]] = {
     "graph": {"errors", "types", "nn"},
     "place": {"errors", "types", "nn", "graph"},
     "lower": {"errors", "types", "nn", "graph", "program"},
+    "evaluate": {"errors", "data"},
+    "checkpoint": {"errors", "forms", "types"},
+    "recipe": {"errors"},
+    "hints": {"errors", "nn", "graph"},
+    "training": {"errors", "nn", "checkpoint", "hints", "recipe"},
+    "finetune": {
+        "errors",
+        "types",
+        "data",
+        "shard",
+        "place",
+        "evaluate",
+        "checkpoint",
+        "recipe",
+        "hints",
+        "training",
+    },
 }
 CORE = set(LOWER)
 # `methods` and `runtimes` alone are the interfaces and tables of the folders below them.
