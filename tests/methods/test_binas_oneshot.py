@@ -89,6 +89,15 @@ def test_resumes_to_the_same_losses_and_weights(tmp_path: Path, stop: int) -> No
     assert same(supernet, expected)
 
 
+def test_mixed_precision_trains_too(tmp_path: Path) -> None:
+    phases = [replace(p, precision="bf16-mixed", epochs=1) for p in (SETTINGS.heaviest, SETTINGS.elastic)]
+    records = list[Record]()
+    settings = replace(SETTINGS, heaviest=phases[0], elastic=phases[1])
+    supernet = train(SPACE, textures(), settings, folder=tmp_path, log=records.append)
+    assert [0 < r["loss"] < 10 for r in records] == [True, True]
+    assert all(p.dtype == torch.float32 for p in supernet.parameters())
+
+
 def test_nothing_is_lost_on_the_heaviest_path() -> None:
     """Against its teacher the new supernet's own largest network has neither kind of loss."""
     heaviest = settled()
