@@ -32,11 +32,13 @@ LOWER: dict[str, set[str]] = {
     "ops": {"types"},
     "program": {"errors", "forms", "ops", "types"},
     "solve": {"errors", "types"},
-    "data": {"errors", "types"},
+    "data": {"errors", "forms", "types"},
     "models": {"errors", "types"},
     "graph": {"errors", "types", "nn"},
     "place": {"errors", "types", "nn", "graph"},
     "lower": {"errors", "types", "nn", "graph", "program"},
+    "export": {"errors", "program"},
+    "engine": {"errors", "export", "program", "types"},
 }
 CORE = set(LOWER)
 # `methods` and `runtimes` alone are the interfaces and tables of the folders below them.
@@ -51,6 +53,7 @@ WITHOUT: dict[str, set[str]] = {
     "types": {"torch", "scipy", "numba"},
     "ops": {"torch"},
     "program": {"torch"},
+    "export": {"torch"},
     "solve": {"torch"},
 }
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from tightrope.arguments import AsJson, BudgetText, BundleDir, Network, Out, Overwrite, Profile
+from tightrope import arguments as arg
 from tightrope.command import Json, app, verb
 from tightrope.deploy import register
 from tightrope.errors import InputError, TightropeError
@@ -32,74 +32,77 @@ RECIPE = Recipe()
 
 @verb(kept="the same command goes on where it stopped")
 def search(
-    budget: BudgetText,
-    model: Annotated[
-        str, typer.Option(help="demo, resnet18, torchvision:NAME, timm:NAME, arch:STRING, FILE.py:FUNCTION.")
-    ] = "demo",
-    data: Annotated[
-        str, typer.Option(help="embedded, fashion-mnist, cifar10, cifar100, or a directory.")
-    ] = "embedded",
-    out: Out = Path("runs/search"),
+    budget: arg.BudgetText,
+    model: arg.Model = "demo",
+    data: arg.Dataset = "embedded",
+    out: arg.Out = Path("runs/search"),
     method: Annotated[str, typer.Option(help="Which method decides.")] = "block_relu",
-    weights: Annotated[Path | None, typer.Option(help="Trained weights, .safetensors.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where the files of a named data set are.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images of a directory.")] = None,
-    sites: Annotated[
-        str, typer.Option(help="Shell patterns of activations to decide, comma-separated.")
-    ] = "*",
-    samples: Annotated[int, typer.Option(help="Training images behind each predicted loss.")] = 256,
-    repair: Annotated[
-        bool, typer.Option(help="Charge an option for what remains after rescaling its channel.")
-    ] = True,
-    verify: Annotated[int, typer.Option(help="Options measured exactly, for the rank correlation.")] = 100,
-    max_pool: Annotated[str, typer.Option(help="keep, or avg: average-pools instead.")] = "keep",
-    relu6: Annotated[str, typer.Option(help="keep (two comparisons), or relu.")] = "keep",
-    runtime: Annotated[str, typer.Option(help="Whose costs price the options.")] = "mpc",
-    network: Network = None,
-    profile: Profile = None,
+    weights: arg.Weights = None,
+    root: arg.Root = None,
+    image_size: arg.ImageSize = None,
+    settings: arg.Settings = None,
+    classes: arg.Classes = None,
+    superclasses: arg.Superclasses = None,
+    new_data: arg.NewData = None,
+    sites: arg.Sites = None,
+    samples: arg.Samples = None,
+    repair: arg.Repair = None,
+    verify: arg.Verify = None,
+    max_pool: arg.MaxPool = None,
+    relu6: arg.Relu6 = None,
+    runtime: arg.PricedBy = None,
+    network: arg.Network = None,
+    profile: arg.Profile = None,
     seed: int = 0,
-    devices: Annotated[int, typer.Option(help="Processes (or GPUs) per machine that share the images.")] = 1,
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    devices: arg.Devices = 1,
+    nodes: arg.Nodes = 1,
     accelerator: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
 ) -> Json | None:
     """Measure every option of a network and choose the best ones within a budget."""
     from tightrope import pipeline
+    from tightrope.learning import Wanted
+    from tightrope.methods import parse_settings
     from tightrope.shard import launch
 
     view = View(as_json)
     view.stage("reading the data and the network")
     shard = launch(devices, nodes, accelerator)
-    config = {
+    given = {
         "sites": sites, "samples": samples, "repair": repair, "verify": verify, "max_pool": max_pool,
         "relu6": relu6, "seed": seed,
     }  # fmt: skip
+    config = {k: v for k, v in given.items() if v is not None} | parse_settings(settings or [])
     prices: Json = {} if network is None else {"network": network}
     if profile is not None:
         prices["profile"] = pipeline.read_profile(profile)
+    wanted = Wanted(classes=classes, superclasses=superclasses, new_data=new_data)
     with view.progress() as progress:
         bundle = pipeline.search(
             model=model, data=data, budget=budget, out=out, method=method, config=config, weights=weights,
-            root=root, image_size=image_size, runtime=runtime, pricing=prices, overwrite=overwrite,
-            progress=progress, warn=view.warn, shard=shard,
+            root=root, image_size=image_size, runtime=runtime, pricing=prices, wanted=wanted,
+            overwrite=overwrite, progress=progress, warn=view.warn, shard=shard,
         )  # fmt: skip
     return _chosen(view, bundle) if shard.first else None
 
 
 def _chosen(view: View, bundle: Bundle) -> Json:
+    from tightrope.rewrite import tunable
+
     result = plan_summary(view, bundle)
-    view.say(f"bundle: {bundle.path}   next: {shlex.join(['tightrope', 'finetune', str(bundle.path)])}")
+    verb = "finetune" if tunable(bundle.plan()) else "apply"
+    view.say(f"bundle: {bundle.path}   next: {shlex.join(['tightrope', verb, str(bundle.path)])}")
     return result
 
 
 @verb()
 def solve(
-    bundle: BundleDir,
-    budget: BudgetText,
-    out: Out = Path("runs/solve"),
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    bundle: arg.BundleDir,
+    budget: arg.BudgetText,
+    out: arg.Out = Path("runs/solve"),
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Solve a bundle's saved problem for another budget, without measuring the network again."""
     from tightrope import replan
@@ -110,11 +113,11 @@ def solve(
 
 @verb()
 def refine(
-    bundle: BundleDir,
-    out: Out = Path("runs/refined"),
+    bundle: arg.BundleDir,
+    out: arg.Out = Path("runs/refined"),
     budget: Annotated[str | None, typer.Option(help="Another one than the bundle's.")] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Measure the options again in a fine-tuned network, and solve again; then fine-tune on."""
     from tightrope import replan
@@ -129,20 +132,28 @@ def refine(
 
 
 @verb()
-def apply(bundle: BundleDir, as_json: AsJson = False) -> Json:
+def apply(
+    bundle: arg.BundleDir,
+    test: Annotated[bool, typer.Option("--test", help="Then read the test split, once.")] = False,
+    as_json: arg.AsJson = False,
+) -> Json:
     """Rewrite the network by the plan without training, and freeze it."""
     from tightrope import pipeline
     from tightrope.bundle import Bundle
 
     view = View(as_json)
-    pipeline.apply_plan(Bundle.open(bundle), view.warn)
+    opened = Bundle.open(bundle)
+    pipeline.apply_plan(opened, view.warn)
     view.say(f"wrote {bundle / 'model.safetensors'} and {bundle / 'program.json'}")
-    return {"bundle": str(bundle)}
+    result = pipeline.test(opened) if test else {}
+    if test:
+        accuracies(view, result)
+    return {"bundle": str(bundle), **result}
 
 
 @verb(kept="the same command, without --restart, goes on where it stopped")
 def finetune(
-    bundle: BundleDir,
+    bundle: arg.BundleDir,
     epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = RECIPE.epochs,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = RECIPE.lr,
     batch_size: Annotated[int, typer.Option(help="Images per step, all devices.")] = RECIPE.batch_size,
@@ -154,7 +165,7 @@ def finetune(
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = RECIPE.precision,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
     test: Annotated[bool, typer.Option("--test", help="Then read the test split, once.")] = False,
-    as_json: AsJson = False,
+    as_json: arg.AsJson = False,
 ) -> Json | None:
     """Train the rewritten network with the original as its teacher; an interrupted run resumes."""
     from tightrope import pipeline
@@ -182,7 +193,7 @@ def finetune(
 
 @verb()
 def run(
-    bundle: BundleDir,
+    bundle: arg.BundleDir,
     runtime: Annotated[
         str, typer.Option(help="plain, or mpc: three processes, none sees image and weights.")
     ] = "mpc",
@@ -200,12 +211,12 @@ def run(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Run nothing: predict what --count images together will cost.")
     ] = False,
-    network: Network = None,
-    profile: Profile = None,
+    network: arg.Network = None,
+    profile: arg.Profile = None,
     ring: Annotated[
         str | None, typer.Option(help="Of mpc: 64, 32 (half of the bytes), or auto: 32 if precise enough.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Execute a bundle's network and show what it predicts and what it really cost."""
     import numpy as np
@@ -276,10 +287,10 @@ def run(
 
 @verb()
 def curve(
-    bundle: BundleDir,
+    bundle: arg.BundleDir,
     points: Annotated[int, typer.Option(help="How many budgets.")] = 20,
     limit: Annotated[int, typer.Option(help="Validation images per budget.")] = 1000,
-    as_json: AsJson = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Accuracy against budget before any training, with the controls."""
     from tightrope import pipeline
@@ -300,7 +311,7 @@ def curve(
 def calibrate(
     runtime: Annotated[str, typer.Option(help="Which runtime to measure.")] = "mpc",
     out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")] = Path("profile.json"),
-    as_json: AsJson = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Measure what this machine takes per unit of work: search and run --estimate predict times from it."""
     from tightrope.bundle import write_json
@@ -315,7 +326,7 @@ def calibrate(
 
 
 @verb()
-def report(bundle: BundleDir, as_json: AsJson = False) -> Json:
+def report(bundle: arg.BundleDir, as_json: arg.AsJson = False) -> Json:
     """Write the bundle's report.html and README.md."""
     from tightrope.bundle import Bundle
     from tightrope.report import write
@@ -328,10 +339,10 @@ def report(bundle: BundleDir, as_json: AsJson = False) -> Json:
 
 @verb(kept="the same command starts again, with what was measured")
 def demo(
-    out: Out = Path("runs/demo"),
-    budget: BudgetText = "drelus<=12%",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    out: arg.Out = Path("runs/demo"),
+    budget: arg.BudgetText = "drelus<=12%",
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """The whole way on embedded data: search, fine-tune, 16 secure predictions, report.
 

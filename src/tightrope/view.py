@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from tightrope.bundle import Bundle
     from tightrope.runtimes import Estimate
-    from tightrope.types import Cost, Measurement
+    from tightrope.types import Cost, Measurement, Plan
 
 PARTS = 4  # lines per stage where there is no terminal
 
@@ -83,7 +83,10 @@ def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     from tightrope.decisions import decisions
     from tightrope.types import Budget
 
-    plan, problem = bundle.plan(), bundle.problem()
+    plan = bundle.plan()
+    if record := bundle.record():
+        return _learned_summary(view, bundle, plan, record)
+    problem = bundle.problem()
     table = grid("Plan", "site", "shape", "DReLUs", "kept", "share", "distinct patches")
     for site in decisions(plan, problem):
         shape, share = "x".join(map(str, site.shape)), site.after / site.before if site.before else 0.0
@@ -142,13 +145,42 @@ def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: i
     return {"batch": batch, "network": network, "ops": ops, "total": found.total.as_dict()}
 
 
+def _learned_summary(view: View, bundle: Bundle, plan: Plan, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan that was learned: what was chosen, and what else could have been done."""
+    for shown in record["shown"]:
+        table = grid(shown["title"], *shown["columns"])
+        for row in shown["rows"]:
+            table.add_row(*row)
+        view.table(table)
+    table = grid("Validation accuracy", "network", "accuracy")
+    table.add_row("this one", percent(record["accuracy"]))
+    for name, found in record["controls"].items():
+        table.add_row(name.replace("_", " "), percent(found))
+    view.table(table)
+    for note in plan.notes:
+        view.say(f"  {note}")
+    after, before = plan.predicted.as_dict(), plan.baseline.as_dict()
+    counts = ", ".join(f"{after.get(m, 0):,.6g} of {of:,.6g} {m}" for m, of in before.items())
+    view.say(f"budget {plan.budget}: {counts}")
+    return {
+        "bundle": str(bundle.path),
+        "budget": plan.budget,
+        "predicted": plan.predicted.as_dict(),
+        "baseline": plan.baseline.as_dict(),
+        "loss": plan.loss,
+        "notes": list(plan.notes),
+        **record,
+    }
+
+
 def accuracies(view: View, result: Mapping[str, float]) -> None:
     """Show what `finetune` reached: validation, and test where it was read."""
     table = grid("Accuracy of the final networks", "split", "original", "after the plan", "fine-tuned")
     for split in ("validation", "test"):
         if split in result:
             untuned = percent(result[f"{split}_untuned"]) if f"{split}_untuned" in result else ""
-            table.add_row(split, percent(result[f"{split}_base"]), untuned, percent(result[split]))
+            base = percent(result[f"{split}_base"]) if f"{split}_base" in result else ""
+            table.add_row(split, base, untuned, percent(result[split]))
     view.table(table)
 
 

@@ -102,6 +102,8 @@ RUNTIMES: dict[str, str] = {
     "plain": "tightrope.runtimes.plain:Plain",
     "mpc": "tightrope.runtimes.mpc:MPC",
     "ckks": "tightrope.runtimes.ckks:CKKS",
+    "onnx": "tightrope.runtimes.onnx:Onnx",
+    "openvino": "tightrope.runtimes.openvino:OpenVino",
 }
 
 

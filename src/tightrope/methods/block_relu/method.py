@@ -59,6 +59,7 @@ class BlockReluMethod:
     seed: int = 0
 
     name: ClassVar[str] = "block_relu"
+    runtime: ClassVar[str] = "mpc"
     kinds: ClassVar[tuple[str, ...]] = ("relu", "relu6")
 
     def __post_init__(self) -> None:

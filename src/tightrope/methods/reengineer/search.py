@@ -1,0 +1,254 @@
+"""Learn which weights a task needs: the loop over epochs, one step, and what each epoch is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tightrope.data import Data
+from tightrope.errors import InputError
+from tightrope.methods import Progress
+from tightrope.methods.reengineer.heads import Headed
+from tightrope.methods.reengineer.selection import Best, Fewest
+from tightrope.nn.masked import CHANNELS, Bits, Masked
+
+CYCLE = 5  # epochs; the first of each cycle trains the head alone (SeaM)
+STRIDE = 1_000_003  # between seeds: neighbouring ones share no epoch's order
+DUAL_RATE = 0.05  # of the logarithm of a multiplier, per step
+DUAL_RANGE = (1e-3, 1e3)
+TIGHTENED = 0.6  # share of the search after which limits have their values
+ORDER_BATCHES = 8
+HALVINGS = 40
+METRICS = ("weights", "macs")
+Teacher = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What both ways to search share; see `ReengineerMethod`."""
+
+    epochs: int
+    batch_size: int
+    lr_mask: float
+    lr_head: float
+    distill: float
+    augment: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class State:
+    """An epoch's result: masks and the head's weights, copies both."""
+
+    bits: Bits
+    head: dict[str, Tensor]
+    accuracy: float
+    weights: int
+    macs: int
+
+
+@dataclass
+class Search:
+    """Masks under training. `weights` and `macs` of the head are counted on top of what masks leave."""
+
+    masked: Masked
+    headed: Headed
+    data: Data
+    settings: Settings
+    progress: Progress
+    teacher: Teacher | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def head(self) -> nn.Linear:
+        layer = self.headed.model.get_submodule(self.headed.name)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def reference(self, alpha: float, floor: float, patience: int | None) -> State:
+        """SeaM: cross-entropy plus `alpha` times the share kept; the fewest weights at `floor` accuracy."""
+        rule: Fewest[State] = Fewest(floor, patience)
+
+        def penalty(bits: Bits) -> Tensor:
+            return alpha * self.masked.kept(bits)[0] / self.masked.total
+
+        for epoch in range(self.settings.epochs):
+            self._epoch(epoch, penalty, None)
+            state = self._judge(epoch)
+            if not rule.offer(state.accuracy, state.weights / self.masked.total, lambda s=state: s):  # type: ignore[misc]
+                break
+        assert rule.result is not None
+        return rule.result
+
+    def dual(self, limits: Mapping[str, float]) -> State:
+        """The most accurate epoch within `limits` (`weights`, `macs`: what masks may leave, head excluded).
+
+        Scores start in the order of how much the loss feels each mask. The limits tighten from the whole
+        network to their values over the first part of the search. Each has a multiplier that grows while it
+        is exceeded and falls below it, so none is to be tuned. If no epoch fits, the lowest scores go until
+        the masks do.
+        """
+        self._order_scores()
+        whole = self._found(self._ones())
+        multipliers = dict.fromkeys(limits, 1.0)
+        steps = math.ceil(self.data.size("train") / self.settings.batch_size) * self.settings.epochs
+        rule: Best[State] = Best()
+        done = 0
+
+        def penalty(bits: Bits) -> Tensor:
+            nonlocal done
+            done += 1
+            tightened = min(1.0, done / (TIGHTENED * steps))
+            found = dict(zip(METRICS, self.masked.kept(bits), strict=True))
+            terms = []
+            for metric, limit in limits.items():
+                now = whole[metric] * (max(limit, 1.0) / whole[metric]) ** tightened
+                excess = math.log(max(float(found[metric].detach()), 1.0) / now)
+                grown = multipliers[metric] * math.exp(DUAL_RATE * max(-1.0, min(1.0, excess)))
+                multipliers[metric] = min(max(grown, DUAL_RANGE[0]), DUAL_RANGE[1])
+                if excess > 0:
+                    terms.append(multipliers[metric] * found[metric] / whole[metric])
+            return sum(terms, torch.zeros(()))
+
+        for epoch in range(self.settings.epochs):
+            self._epoch(epoch, penalty, 1.0)
+            state = self._judge(epoch)
+            rule.offer(state.accuracy, self._fits(state.bits, limits), lambda s=state: s)  # type: ignore[misc]
+        if rule.best is None:
+            self._cut(limits)
+            self.fit_head(self.masked.snapshot(), 1, self.settings.epochs)
+            rule.offer(0.0, True, lambda: self._judge(self.settings.epochs))
+        assert rule.best is not None
+        return rule.best
+
+    def _order_scores(self) -> None:
+        """Scores from just above 0 to 1 by |dL/d mask| on a few batches (Lee et al. 2019, SNIP)."""
+        ones = {name: torch.ones_like(score).requires_grad_() for name, score in self.masked.scores.items()}
+        few = self.data.batches("train", 64, shuffle=True, seed=self.settings.seed, limit=64 * ORDER_BATCHES)
+        for x, y in few:
+            loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
+            torch.autograd.backward(loss)
+        with torch.no_grad():
+            for name, one in ones.items():
+                felt = torch.zeros_like(one) if one.grad is None else one.grad.abs()
+                order = felt.flatten().argsort(stable=True).argsort()
+                self.masked.scores[name].copy_(((order + 1) / len(order)).view_as(one))
+        self.head.zero_grad()
+
+    def fit_head(self, bits: Bits, epochs: int, start: int = 0) -> None:
+        """Train the head alone on fixed masks; a head that does not learn stays."""
+        if not self.headed.trained:
+            return
+        optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.lr_head)
+        for epoch in range(start, start + epochs):
+            self._run(epoch, [optimizer], bits, None, None)
+
+    def accuracy(self, bits: Bits, split: str = "validation") -> float:
+        """Share of a split's images that the masked network labels right."""
+        hits, seen = 0, 0
+        with torch.no_grad():
+            parameters = self.masked.effective(bits)
+            for x, y in self.data.batches(split, 500):  # type: ignore[arg-type]
+                hits += int((self.masked(x, parameters).argmax(1) == y).sum())
+                seen += len(y)
+        return hits / seen
+
+    def _ones(self) -> Bits:
+        return {name: torch.ones_like(score) for name, score in self.masked.scores.items()}
+
+    def _epoch(self, epoch: int, penalty: Callable[[Bits], Tensor], clamp: float | None) -> None:
+        """Adam for the head; in four epochs of five, or without a head to train, another for the masks."""
+        if epoch == 0:
+            self.optimizers = self._optimizers()
+        head, masks = self.optimizers
+        joint = epoch % CYCLE > 0 or not self.headed.trained
+        optimizers = ([head] if head is not None else []) + ([masks] if joint else [])
+        self._run(epoch, optimizers, None if joint else self.masked.snapshot(), penalty, clamp)
+
+    def _optimizers(self) -> tuple[torch.optim.Optimizer | None, torch.optim.Optimizer]:
+        settings = self.settings
+        head = None
+        if self.headed.trained:
+            head = torch.optim.Adam(self.head.parameters(), lr=settings.lr_head)
+        return head, torch.optim.Adam(list(self.masked.scores.values()), lr=settings.lr_mask)
+
+    def _run(
+        self,
+        epoch: int,
+        optimizers: list[torch.optim.Optimizer],
+        fixed: Bits | None,
+        penalty: Callable[[Bits], Tensor] | None,
+        clamp: float | None,
+    ) -> None:
+        for x, y in self._batches(epoch):
+            bits = self.masked.bits() if fixed is None else fixed
+            outputs = self.masked(x, self.masked.effective(bits))
+            loss = F.cross_entropy(outputs, y)
+            if self.teacher is not None and self.settings.distill:
+                with torch.no_grad():
+                    soft = self.teacher(x).log_softmax(1)
+                divergence = F.kl_div(outputs.log_softmax(1), soft, log_target=True, reduction="batchmean")
+                loss = loss + self.settings.distill * divergence
+            if fixed is None and penalty is not None:
+                loss = loss + penalty(self.masked.bits())  # bits of its own: each gradient is clipped alone
+            if not math.isfinite(float(loss.detach())):
+                raise InputError("the search diverged: the loss is not finite", fix="a smaller lr_head")
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            for optimizer in optimizers:
+                optimizer.step()
+            if clamp is not None and fixed is None:
+                with torch.no_grad():
+                    for score in self.masked.scores.values():
+                        score.clamp_(-clamp, clamp)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        settings = self.settings
+        return self.data.batches(
+            "train",
+            settings.batch_size,
+            shuffle=True,
+            seed=settings.seed * STRIDE + epoch,
+            augment=settings.augment,
+        )
+
+    def _judge(self, epoch: int) -> State:
+        bits = self.masked.snapshot()
+        weights, macs = (int(v) for v in self.masked.kept(bits))
+        head = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
+        state = State(bits, head, self.accuracy(bits), weights, macs)
+        self.history.append({"weights": weights, "macs": macs, "accuracy": state.accuracy})
+        self.progress("mask search", min(epoch + 1, self.settings.epochs), self.settings.epochs)
+        return state
+
+    def _fits(self, bits: Bits, limits: Mapping[str, float]) -> bool:
+        found = self._found(bits)
+        return all(found[metric] <= limit for metric, limit in limits.items())
+
+    def _found(self, bits: Bits) -> dict[str, float]:
+        return {m: float(v) for m, v in zip(METRICS, self.masked.kept(bits), strict=True)}
+
+    def _cut(self, limits: Mapping[str, float]) -> None:
+        """Move all scores down just so far that the masks meet the limits: channels first, then weights."""
+        for names in ([n for n in self.masked.scores if n == CHANNELS], list(self.masked.scores)):
+            if not names:
+                continue
+            scores = [self.masked.scores[n] for n in names]
+            low, high = 0.0, max(float(s.detach().max()) for s in scores)
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                bits = self.masked.snapshot() | {n: self.masked.scores[n].detach() > middle for n in names}
+                low, high = (low, middle) if self._fits(bits, limits) else (middle, high)
+            if low == 0 and self._fits(self.masked.snapshot(), limits):
+                return
+            with torch.no_grad():
+                for score in scores:
+                    score -= high
+            if self._fits(self.masked.snapshot(), limits):
+                return
