@@ -25,9 +25,10 @@ class Recipe:
     activations at rewritten sites to the teacher's (Romero et al. 2015). `ema`: decay per step of the
     averaged weights, which are the result; 0 for none. Of polynomial activations: `coefficients` is their
     learning rate over that of the weights, without decay; `reach` the weight of keeping their inputs within
-    the scales; `scales` says whether these stay, follow the largest input as a moving average, or are those of
-    the batch until they are frozen at the end. `clip`: the largest norm of a gradient, 0 for any. `limit`:
-    training images per epoch. With several `devices` or `nodes`, every process runs the calling program (Fabric starts those of its own machine).
+    the scales; `scales` says whether these stay, follow the largest input as a moving average, or are those
+    of the batch until they are frozen at the end. `clip`: the largest norm of a gradient, 0 for any.
+    `limit`: training images per epoch. With several
+    `devices` or `nodes`, every process runs the calling program (Fabric starts those of its own machine).
 
     Raises InputError for a value out of range.
     """

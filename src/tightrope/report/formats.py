@@ -8,7 +8,8 @@ from tightrope.types import Budget
 
 _METRICS = {
     "drelus": "DReLUs", "online_bytes": "online bytes", "offline_bytes": "offline bytes",
-    "online_ms": "online milliseconds", "offline_ms": "offline milliseconds", "macs": "MACs", "ckks_levels": "CKKS levels",
+    "online_ms": "online milliseconds", "offline_ms": "offline milliseconds", "macs": "MACs",
+    "ckks_levels": "CKKS levels",
 }  # fmt: skip
 ABSENT = "not measured"
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -150,8 +150,8 @@ def settings(values: Mapping[str, Json]) -> str:
 def limits(facts: Facts) -> list[str]:
     """What the numbers do not say. What was not measured is called so."""
     found = [
-        "The proved gap is about the predicted loss: the sum over sites or channels of the mean squared change "
-        "of the outputs, each changed alone. It is not a bound on the accuracy."
+        "The proved gap is about the predicted loss: the sum over sites or channels of the mean squared "
+        "change of the outputs, each changed alone. It is not a bound on the accuracy."
     ]
     if "validation" in facts.accuracy:
         seed = facts.accuracy.get("recipe", {}).get("seed", "not recorded")

@@ -1,4 +1,4 @@
-"""Problems whose cost follows the longest path: levels of a ciphertext. Solved by `tightrope.solve.levels`."""
+"""Problems whose cost follows the longest path: levels of a ciphertext. See `solve.levels`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def nodes(problem: Problem) -> tuple[Node, ...]:
     tables = {t.site: t for t in problem.tables}
     made = []
     for step in problem.path:
-        actions = (Action("", step.levels),)
+        actions: tuple[Action, ...] = (Action("", step.levels),)
         if step.name in tables:
             table = tables[step.name]
             actions = tuple(

@@ -91,7 +91,7 @@ def tune(
     A gated polynomial keeps its odd form and, with `tail`, |p| <= 1.1 up to 1.2 times the scale; the penalty
     is raised until that holds. The problem has local minima, so `tries` changed starts are tried too, always
     the same ones. One stage that is not gated is a linear problem, solved in closed form; `floor` is the
-    share of the weight that lies evenly over the scale, so that it does not run wild where no inputs were seen.
+    share of the weight that lies evenly over the scale, so that it does not run wild where nothing was seen.
     """
     if not 0 < scale < np.inf:
         raise InputError("the scale of a polynomial must be positive and finite", got=scale)
