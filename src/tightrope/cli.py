@@ -295,14 +295,18 @@ def curve(
     """Accuracy against budget before any training, with the controls."""
     from tightrope import pipeline
     from tightrope.bundle import Bundle
+    from tightrope.decisions import decided
+    from tightrope.types import Budget
 
-    view = View(as_json)
+    view, opened = View(as_json), Bundle.open(bundle)
     with view.progress() as progress:
-        rows = pipeline.curve(Bundle.open(bundle), points=points, limit=limit, progress=progress)
-    names = ("tightrope", "per_layer", "uniform", "random", "layers")
-    table = grid("Validation accuracy before training, and DReLUs", "budget", *names)
+        rows = pipeline.curve(opened, points=points, limit=limit, progress=progress)
+    names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
+    metric = decided(opened.problem(), Budget.parse(opened.plan().budget).limits[0].metric)
+    title = f"Validation accuracy before training, and {metric.replace('_', ' ')}"
+    table = grid(title, "budget", *names)
     for row in rows:
-        table.add_row(f"{row['share']:.1%}", *(control(row, name) for name in names))
+        table.add_row(f"{row['share']:.1%}", *(control(row, name, metric) for name in names))
     view.table(table)
     return {"curve": rows}
 

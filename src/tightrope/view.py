@@ -80,29 +80,36 @@ def grid(title: str, *columns: str) -> Table:
 
 def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     """Show a bundle's plan; what it says as JSON."""
-    from tightrope.decisions import decisions
+    from tightrope.decisions import decided, decisions
+    from tightrope.report import formats
+    from tightrope.rewrite import measuring_method_of
     from tightrope.types import Budget
 
     plan = bundle.plan()
     if record := bundle.record():
         return _learned_summary(view, bundle, plan, record)
     problem = bundle.problem()
-    table = grid("Plan", "site", "shape", "DReLUs", "kept", "share", "distinct patches")
+    metric, method = Budget.parse(plan.budget).limits[0].metric, measuring_method_of(plan)
+    shown = decided(problem, metric)
+    what = formats.metric(shown)
+    table = grid("Plan", "site", "shape", what, "kept", "share", f"distinct {formats.plural(method.noun)}")
     for site in decisions(plan, problem):
-        shape, share = "x".join(map(str, site.shape)), site.after / site.before if site.before else 0.0
-        distinct = str(len(set(site.patches)))
-        table.add_row(site.name, shape, f"{site.before:,.0f}", f"{site.after:,.0f}", f"{share:.1%}", distinct)
+        before, after = getattr(site.before, shown), getattr(site.after, shown)
+        shape, share = "x".join(map(str, site.shape)), after / before if before else 0.0
+        distinct = set(site.labels)
+        name = str(len(distinct)) if len(site.labels) > 1 else site.labels[0]
+        table.add_row(site.name, shape, f"{before:,.0f}", f"{after:,.0f}", f"{share:.1%}", name)
     view.table(table)
     for note in plan.notes:
         view.say(f"  {note}")
-    metric = Budget.parse(plan.budget).limits[0].metric
-    if metric != "drelus":
+    if metric != shown:
         spent, before = getattr(plan.predicted, metric), getattr(plan.baseline, metric)
         view.say(f"predicted {metric.replace('_', ' ')}: {spent:,.6g} of {before:,.6g}")
+    spent, before = getattr(plan.predicted, shown), getattr(plan.baseline, shown)
     view.say(
-        f"budget {plan.budget}: {plan.predicted.drelus:,.0f} of {plan.baseline.drelus:,.0f} DReLUs; "
+        f"budget {plan.budget}: {spent:,.0f} of {before:,.0f} {what}; "
         f"predicted loss {plan.loss:.4g}, proved within {plan.gap:.3%} of the optimum"
-        + ("" if metric == "drelus" else " of what the prices of its options allow")
+        + ("" if metric == shown else " of what the prices of its options allow")
     )
     if "spearman" in problem.meta:
         meta = problem.meta
@@ -125,12 +132,12 @@ def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def control(row: Mapping[str, Any], name: str) -> str:
-    """A cell of the curve: accuracy and the DReLUs really kept; nothing where it was not measured."""
+def control(row: Mapping[str, Any], name: str, metric: str) -> str:
+    """A cell of the curve: accuracy and what is really used; nothing where it was not measured."""
     if name not in row["accuracy"]:
         return ""
     cost = row["cost"] if name == "tightrope" else row[name]
-    return f"{percent(row['accuracy'][name])} {cost.get('drelus', 0):>9,.0f}"
+    return f"{percent(row['accuracy'][name])} {cost.get(metric, 0):>9,.0f}"
 
 
 def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: int) -> dict[str, Any]:
