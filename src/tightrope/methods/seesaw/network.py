@@ -1,8 +1,9 @@
-"""Networks of a space as plain modules: the frame that all share, and one architecture with all its branches."""
+"""Networks of a space as plain modules: the frame that all share, and architectures with all branches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,7 @@ class Frame(nn.Module):
         self.stem = nn.Sequential(conv, nn.BatchNorm2d(space.stem))
         widths = [space.shape(stage)[0] for stage in range(-1, len(space.blocks))]
         self.transitions = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 1), nn.BatchNorm2d(b))
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.Sequential(nn.Conv2d(a, b, 1), nn.BatchNorm2d(b)) for a, b in pairwise(widths)
         )
         self.blocks = nn.ModuleList(blocks)
         self.joins = nn.ModuleList(joins)

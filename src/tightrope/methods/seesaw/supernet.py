@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,12 +106,11 @@ class MixedBlock(nn.Module):
         self.choice = Choice([("", False), ("", True)], favoured)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.mixture(x)
-        identity, relu = self.choice.bits
-        used = self.choice.used()
+        y: Tensor = self.mixture(x)
+        used, bits = self.choice.used(), self.choice.bits
         if len(used) == 1:
             return y.relu() if used[0] else y
-        return identity * y + relu * y.relu()
+        return torch.add(bits[0] * y, bits[1] * y.relu())
 
 
 class MixedJoin(nn.Module):
@@ -173,14 +173,15 @@ class Supernet(Frame):
         plain = assemble(self.space, network)
         for name in ("stem", "transitions", "classifier"):
             plain.get_submodule(name).load_state_dict(self.get_submodule(name).state_dict())
-        for mixed, (summed, _), choice in zip(self.blocks, plain.blocks, network.blocks, strict=True):  # type: ignore[misc]
-            mixture = mixed.mixture
+        summed: list[Any] = [block[0] for block in plain.blocks]  # type: ignore[index]
+        for mixture, block, choice in zip(self.mixtures, summed, network.blocks, strict=True):
             shares = mixture.shares()
             for name in choice.operators:
-                branch = summed.branches[name]
+                branch = block.branches[name]
                 branch.load_state_dict(mixture.branches[name].state_dict())
                 scale(branch, float(shares[mixture.names.index(name)]))
-        for mixed, joined, aggregate in zip(self.joins, plain.joins, network.aggregates, strict=True):
+        joins: list[Any] = list(zip(self.joins, plain.joins, strict=True))
+        for (mixed, joined), aggregate in zip(joins, network.aggregates, strict=True):
             joined.join.load_state_dict(mixed.join.state_dict())
             for share, part in zip(mixed.weights.softmax(0), joined.join.parts, strict=True):
                 scale(part, float(share))
