@@ -10,6 +10,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def merge(model: nn.Module, input_shape: tuple[int, ...], price: Price) -> fx.Gr
 
 class _Merging:
     def __init__(self, graph: Graph, price: Price) -> None:
-        self.price = price
+        self.price = cache(price)
         self.module = trace(graph.module, graph.input_shape).module.double()
         self.shapes = {n: graph.shapes[n.name] for n in self.module.graph.nodes if n.name in graph.shapes}
         self.count = 0
