@@ -33,6 +33,8 @@ LOWER: dict[str, set[str]] = {
     "program": {"errors", "forms", "ops", "types"},
     "solve": {"errors", "types"},
     "data": {"errors", "forms", "types"},
+    "checkpoint": {"errors", "forms", "types"},
+    "evaluate": {"errors", "data"},
     "models": {"errors", "types"},
     "graph": {"errors", "types", "nn"},
     "place": {"errors", "types", "nn", "graph"},

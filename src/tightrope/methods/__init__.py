@@ -204,10 +204,20 @@ class Learner(Protocol):
         ...
 
 
+@runtime_checkable
+class Finishes(Protocol):
+    """A method whose networks are trained in one form and frozen in another that computes the same."""
+
+    def finish(self, model: nn.Module, input_shape: tuple[int, ...], cost: CostModel) -> nn.Module:
+        """What is lowered in the place of `model`; `cost` says what it should be cheap in."""
+        ...
+
+
 METHODS: dict[str, str] = {
     "block_relu": "tightrope.methods.block_relu:BlockReluMethod",
     "paf": "tightrope.methods.paf:PafMethod",
     "reengineer": "tightrope.methods.reengineer:ReengineerMethod",
+    "seesaw": "tightrope.methods.seesaw:SeesawMethod",
 }
 
 
