@@ -21,13 +21,14 @@ class Recipe:
 
     `batch_size`: images per step, all devices together. `warmup`: share of the steps. `label`, `distill`:
     weights of the cross-entropy with the labels, and of the distillation from the teacher at `temperature`
-    (Hinton et al. 2015, section 2); without a teacher the labels alone count. `hints`: weight of drawing the
-    activations at rewritten sites to the teacher's (Romero et al. 2015). `ema`: decay per step of the
-    averaged weights, which are the result; 0 for none. Of polynomial activations: `coefficients` is their
-    learning rate over that of the weights, without decay; `reach` the weight of keeping their inputs within
-    the scales; `scales` says whether these stay, follow the largest input as a moving average, or are those
-    of the batch until they are frozen at the end. `clip`: the largest norm of a gradient, 0 for any.
-    `limit`: training images per epoch. With several
+    (Hinton et al. 2015, section 2); without a teacher the labels alone count. `smoothing`: share of a label
+    that all classes divide. `hints`: weight of drawing the activations at rewritten sites, or others that the
+    caller names, to the teacher's (Romero et al. 2015). `ema`: decay per step of the averaged weights, which
+    are the result; 0 for none. Of polynomial activations: `coefficients` is their learning rate over that of
+    the weights, without decay; `reach` the weight of keeping their inputs within the scales; `scales` says
+    whether these stay, follow the largest input as a moving average, or are those of the batch until they are
+    frozen at the end. `clip`: the largest norm of a gradient, 0 for any. `limit`: training images per epoch.
+    With several
     `devices` or `nodes`, every process runs the calling program (Fabric starts those of its own machine).
 
     Raises InputError for a value out of range.
@@ -40,6 +41,7 @@ class Recipe:
     weight_decay: float = 1e-4
     warmup: float = 0.1
     label: float = 0.1
+    smoothing: float = 0.0
     distill: float = 0.9
     temperature: float = 4.0
     hints: float = 1.0
@@ -109,7 +111,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("weight_decay", "label", "distill", "hints", "coefficients", "reach", "clip"),
         (_not_negative, "0 or more"),
     ),
-    **dict.fromkeys(("momentum", "warmup", "ema"), (_share, "0 or more, below 1")),
+    **dict.fromkeys(("momentum", "warmup", "ema", "smoothing"), (_share, "0 or more, below 1")),
     "limit": (lambda x: x is None or _count(x), "None, or a whole number, 1 or more"),
     "seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1"),
     "scales": (lambda x: x in ("static", "ema", "dynamic"), "static, ema, dynamic"),
