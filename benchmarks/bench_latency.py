@@ -1,6 +1,6 @@
 """Latency tables of the published space on this machine, and the six published networks in their order.
 
-    python benchmarks/bench_latency.py [onnx|openvino ...]      about three minutes each on an idle core
+    python benchmarks/bench_latency.py [onnx|openvino ...]      about a minute each on an idle core
 
 Times are of one thread's processor time (`--clock cpu`): the machine may do other work. The tables are
 kept in benchmarks/tables/, from where an interrupted run goes on; delete them to measure anew. The networks
@@ -46,7 +46,7 @@ def main() -> None:
     TABLES.mkdir(exist_ok=True)
     for device in devices:
         table = measure(
-            space, device, TABLES / f"imagenet-{device}.json", clock="cpu",
+            space, device, TABLES / f"imagenet-{device}.json", clock="cpu", runs=15,
             progress=lambda what, done, of: print(f"\r{what}: {done} of {of}", end="", file=sys.stderr),
         )  # fmt: skip
         fit = table.calibration(space)
