@@ -39,6 +39,23 @@ LOWER: dict[str, set[str]] = {
     "lower": {"errors", "types", "nn", "graph", "program"},
     "export": {"errors", "program"},
     "engine": {"errors", "export", "program", "types"},
+    "evaluate": {"errors", "data"},
+    "checkpoint": {"errors", "forms", "types"},
+    "recipe": {"errors"},
+    "hints": {"errors", "nn", "graph"},
+    "training": {"errors", "nn", "checkpoint", "hints", "recipe"},
+    "finetune": {
+        "errors",
+        "types",
+        "data",
+        "shard",
+        "place",
+        "evaluate",
+        "checkpoint",
+        "recipe",
+        "hints",
+        "training",
+    },
 }
 CORE = set(LOWER)
 # `methods` and `runtimes` alone are the interfaces and tables of the folders below them.

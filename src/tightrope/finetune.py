@@ -19,7 +19,7 @@ from tightrope import checkpoint as disk
 from tightrope.data import Data
 from tightrope.errors import InputError
 from tightrope.evaluate import accuracy, count_hits, recalibrate
-from tightrope.hints import rewritten_sites, with_named_sites
+from tightrope.hints import Watch, rewritten_sites, with_named_sites
 from tightrope.place import model_sha256
 from tightrope.recipe import SEED_STRIDE, Recipe, learning_rate
 from tightrope.shard import quiet_fabric, start_fabric
@@ -38,6 +38,7 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    watch: Watch | None = None,
     checkpoint: Path | None = None,
     log: Callable[[dict[str, float | int | str]], None] | None = None,
 ) -> nn.Module:
@@ -47,6 +48,9 @@ def finetune(
     training images under those weights. Each epoch ends with a record for `log` (in the first process):
     epoch, step, loss (mean), validation_accuracy (before those statistics), lr, seconds. The test split is
     not read.
+
+    `watch` says which activations are drawn to the teacher's (`Recipe.hints`): by default those at rewritten
+    sites. A model that draws random numbers, in evaluation too, draws the same in every call.
 
     With `checkpoint`, a file, the run is saved every epoch and when interrupted (KeyboardInterrupt; with
     several processes only every epoch, and all must see the same file), and a call with the same arguments
@@ -64,9 +68,9 @@ def finetune(
         rank, world = fabric.global_rank, fabric.world_size
         run = _identity(model, teacher, data, recipe)
         found = None if checkpoint is None else disk.load(checkpoint, run)
-        if teacher is not None and recipe.hints and rewritten_sites(model):
+        if teacher is not None and recipe.hints and watch is None and rewritten_sites(model):
             teacher = with_named_sites(teacher, data.input_shape)
-        state = Training.start(model, teacher, recipe, fabric)
+        state = Training.start(model, teacher, recipe, fabric, watch)
         batch = recipe.batch_size // world
         images = min(data.size("train"), recipe.limit or data.size("train"))
         per_epoch = math.ceil(math.ceil(images / world) / batch)
@@ -103,6 +107,7 @@ def finetune(
                         allowed=f"{last - first} batches of up to {batch} images",
                     )
                 loss = state.total(state.loss)[0] / (last - first) / world
+                torch.manual_seed(recipe.seed)
                 held_out = data.batches("validation", EVALUATION_BATCH, rank=rank, world=world)
                 hits, seen = state.total(*count_hits(state.average, held_out))
                 state.check_weights()
@@ -125,6 +130,7 @@ def finetune(
                 save()
             raise
         some = min(images, CALIBRATION_BATCHES * recipe.batch_size)
+        torch.manual_seed(recipe.seed)
         recalibrate(
             state.average,
             data.batches("train", recipe.batch_size, seed=recipe.seed, augment=recipe.augment, limit=some),

@@ -21,8 +21,9 @@ class Recipe:
 
     `batch_size`: images per step, all devices together. `warmup`: share of the steps. `label`, `distill`:
     weights of the cross-entropy with the labels, and of the distillation from the teacher at `temperature`
-    (Hinton et al. 2015, section 2); without a teacher the labels alone count. `hints`: weight of drawing the
-    activations at rewritten sites to the teacher's (Romero et al. 2015). `ema`: decay per step of the
+    (Hinton et al. 2015, section 2); without a teacher the labels alone count. `smoothing`: share of a label
+    that all classes divide. `hints`: weight of drawing the activations at rewritten sites, or others that the
+    caller names, to the teacher's (Romero et al. 2015). `ema`: decay per step of the
     averaged weights, which are the result; 0 for none. `limit`: training images per epoch. With several
     `devices` or `nodes`, every process runs the calling program (Fabric starts those of its own machine).
 
@@ -36,6 +37,7 @@ class Recipe:
     weight_decay: float = 1e-4
     warmup: float = 0.1
     label: float = 0.1
+    smoothing: float = 0.0
     distill: float = 0.9
     temperature: float = 4.0
     hints: float = 1.0
@@ -98,7 +100,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("epochs", "lr", "temperature"), (_positive, "positive")),
     **dict.fromkeys(("batch_size", "devices", "nodes"), (_count, "a whole number, 1 or more")),
     **dict.fromkeys(("weight_decay", "label", "distill", "hints"), (_not_negative, "0 or more")),
-    **dict.fromkeys(("momentum", "warmup", "ema"), (_share, "0 or more, below 1")),
+    **dict.fromkeys(("momentum", "warmup", "ema", "smoothing"), (_share, "0 or more, below 1")),
     "limit": (lambda x: x is None or _count(x), "None, or a whole number, 1 or more"),
     "seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1"),
     "precision": (lambda x: x in ("32-true", "bf16-mixed"), "32-true, bf16-mixed"),

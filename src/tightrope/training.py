@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tightrope.checkpoint import Checkpoint
 from tightrope.errors import InputError
-from tightrope.hints import Hints
+from tightrope.hints import Hints, Watch
+from tightrope.nn.depthwise import quicken
 from tightrope.recipe import SEED_STRIDE, Recipe
 
 
@@ -37,8 +38,16 @@ class Training:
     midway: bool = False  # within a step: nothing to save
 
     @classmethod
-    def start(cls, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, fabric: Any) -> Training:
+    def start(
+        cls,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        recipe: Recipe,
+        fabric: Any,
+        watch: Watch | None = None,
+    ) -> Training:
         net = _copy(model, recipe).train()
+        quicken(net)
         parameters = [p for p in net.parameters() if p.requires_grad]
         if not parameters:
             raise InputError("the network has nothing to train", where=type(model).__name__)
@@ -53,7 +62,7 @@ class Training:
         average = copy.deepcopy(net).requires_grad_(False) if recipe.ema else net
         if teacher is not None:
             teacher = _copy(teacher, recipe).to(fabric.device).eval()
-        hints = Hints(net, teacher) if teacher is not None and recipe.hints else None
+        hints = Hints(net, teacher, watch) if teacher is not None and recipe.hints else None
         return cls(recipe, fabric, net, wrapped, average, teacher, optimizer, wrapped_optimizer, hints)
 
     def learn(self, x: Tensor, y: Tensor, lr: float) -> None:
@@ -89,12 +98,11 @@ class Training:
             return
         # The first steps count more, or a short run would keep the weights it started from.
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        now = self.net.state_dict()
-        for name, mean in self.average.state_dict().items():
-            if mean.is_floating_point():
-                mean.lerp_(now[name], 1 - decay)
-            else:
-                mean.copy_(now[name])
+        means, now = self.average.state_dict(), self.net.state_dict()
+        floats = [name for name, mean in means.items() if mean.is_floating_point()]
+        torch._foreach_lerp_([means[n] for n in floats], [now[n] for n in floats], 1 - decay)
+        for name in means.keys() - floats:
+            means[name].copy_(now[name])
 
     def _finite(self, value: float) -> float:
         if not math.isfinite(value):
@@ -148,7 +156,7 @@ class Training:
 
 def objective(outputs: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -> Tensor:
     """The loss of one batch: labels (N,), outputs and the teacher's outputs `soft` (N, classes)."""
-    hard = F.cross_entropy(outputs, labels)
+    hard = F.cross_entropy(outputs, labels, label_smoothing=recipe.smoothing)
     if soft is None:
         return hard
     T = recipe.temperature

@@ -18,6 +18,11 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def activation(name: str) -> nn.Module:
+    """The module of an activation of `arch.ACTIVATIONS`."""
+    return _ACTIVATIONS[name]()
+
+
 def divisible(width: float, by: int = 8) -> int:
     """The nearest multiple of `by`, at least `by`, and the next one where more than 10 % would be lost."""
     rounded = max(by, int(width + by / 2) // by * by)
@@ -74,11 +79,11 @@ class DepthwiseSeparable(_Shortcut):
         self.skip = self.skip and block.kind == "ds"
         self.conv_dw = conv(inputs, inputs, block.kernel, block.stride, groups=inputs)
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.act1 = _ACTIVATIONS[act]()
+        self.act1 = activation(act)
         self.se = _excite(block, inputs)
         self.conv_pw = conv(inputs, block.channels)
         self.bn2 = nn.BatchNorm2d(block.channels)
-        self.act2 = _ACTIVATIONS[act]() if block.kind == "dsa" else nn.Identity()
+        self.act2 = activation(act) if block.kind == "dsa" else nn.Identity()
 
     def transform(self, x: Tensor) -> Tensor:
         y: Tensor = self.se(self.act1(self.bn1(self.conv_dw(x))))
@@ -93,10 +98,10 @@ class InvertedResidual(_Shortcut):
         inner = divisible(inputs * block.expansion)
         self.conv_pw = conv(inputs, inner)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.act1 = _ACTIVATIONS[act]()
+        self.act1 = activation(act)
         self.conv_dw = conv(inner, inner, block.kernel, block.stride, groups=inner)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.act2 = _ACTIVATIONS[act]()
+        self.act2 = activation(act)
         self.se = _excite(block, inner)
         self.conv_pwl = conv(inner, block.channels)
         self.bn3 = nn.BatchNorm2d(block.channels)
@@ -115,7 +120,7 @@ class EdgeResidual(_Shortcut):
         inner = divisible(inputs * block.expansion)
         self.conv_exp = conv(inputs, inner, block.kernel, block.stride)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.act1 = _ACTIVATIONS[act]()
+        self.act1 = activation(act)
         self.se = _excite(block, inner)
         self.conv_pwl = conv(inner, block.channels)
         self.bn2 = nn.BatchNorm2d(block.channels)
@@ -132,7 +137,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = conv(inputs, block.channels, block.kernel, block.stride)
         self.bn1 = nn.BatchNorm2d(block.channels)
-        self.act1 = _ACTIVATIONS[act]()
+        self.act1 = activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.act1(self.bn1(self.conv(x)))
@@ -155,7 +160,7 @@ class MobileNet(nn.Module):
         super().__init__()
         self.conv_stem = conv(in_channels, arch.stem, 3, arch.stride)
         self.bn1 = nn.BatchNorm2d(arch.stem)
-        self.act1 = _ACTIVATIONS[arch.act]()
+        self.act1 = activation(arch.act)
         stages, width = [], arch.stem
         for stage in arch.unrolled():
             blocks = []
@@ -166,7 +171,7 @@ class MobileNet(nn.Module):
         self.blocks = nn.Sequential(*stages)
         self.global_pool = nn.AdaptiveAvgPool2d(1)
         self.conv_head = nn.Conv2d(width, arch.head, 1)
-        self.act2 = _ACTIVATIONS[arch.act]()
+        self.act2 = activation(arch.act)
         self.classifier = nn.Linear(arch.head, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -5,14 +5,15 @@ z[s, b, c] says that block b of stage s is there with option c, beta[s, d] that 
     sum_d beta[s, d] = 1,   sum_c z[s, b, c] = sum_{d reaching b} beta[s, d],   costs . z <= limits
 
 so that products of z and beta within a stage disappear. Pair terms z_i beta_j become variables w_ij >= 0, by
-the reformulation-linearisation of Sherali and Adams (1990), exact at whole z and beta: every row above is also
-taken times every beta_j of every stage, the limits too (costs . w_j <= limits beta_j), which needs variables
-for products of depths of two stages as well. The limits times beta_j are what makes the bound tight.
+the reformulation-linearisation of Sherali and Adams (1990), exact at whole z and beta: every row above is
+also taken times every beta_j, the limits too (costs . w_j <= limits beta_j), which needs variables for
+products of depths of two stages as well.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import product
@@ -22,7 +23,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from tightrope.errors import TightropeError
+from tightrope.errors import BudgetError, TightropeError
 from tightrope.solve.staged import Answer, Choice, Staged, answer, together
 from tightrope.types import FloatArray
 
@@ -30,14 +31,14 @@ _ROUNDS = 20  # HiGHS keeps rows to 1e-6 only; as often its limits are drawn in
 _SCALE = 1e3  # of a cost row, so that 1e-6 is small beside it
 
 
-def solve(problem: Staged, *, seconds: float = 60.0) -> Answer:
-    """The choice of most gain within all limits, and a bound on every other one's.
+def solve(problem: Staged, *, seconds: float = 60.0, excluded: Collection[Choice] = ()) -> Answer:
+    """The choice of most gain within all limits, and a bound on every other's; none of `excluded` counts.
 
     `seconds`: when to stop and return the best so far. Raises BudgetError when no choice fits (a single
     limit's smallest feasible value is named), and TightropeError when none was found in time.
     """
     problem.check_feasible()
-    model = _Model(problem)
+    model = _Model(problem, excluded)
     limits, bound = list(problem.limits), math.inf
     for _ in range(_ROUNDS):
         result = model.run(limits, seconds)
@@ -55,10 +56,22 @@ def solve(problem: Staged, *, seconds: float = 60.0) -> Answer:
                 # a choice over its limit by a rounding: draw the row in until it is cut off
                 limits[m] = min(limits[m], limit) - 2 * max(float(cost - Fraction(limit)), 1e-9 * abs(limit))
     single = [problem.cheapest(m) for m in range(len(problem.metrics))]
-    fallback = next((choice for choice in single if problem.fits(choice)), None)
+    fallback = next((choice for choice in single if problem.fits(choice) and choice not in excluded), None)
     if fallback is None:
         raise together(problem)
     return answer(problem, fallback, bound)
+
+
+def best(problem: Staged, count: int, *, found: Sequence[Choice] = (), seconds: float = 60.0) -> list[Answer]:
+    """Up to `count` choices of most gain within all limits, apart from those `found` already, best first."""
+    answers: list[Answer] = []
+    while len(answers) < count:
+        try:
+            known = [*found, *(one.choice for one in answers)]
+            answers.append(solve(problem, seconds=seconds, excluded=known))
+        except BudgetError:  # there are no more
+            break
+    return answers
 
 
 @dataclass
@@ -82,7 +95,7 @@ class _Rows:
 class _Model:
     """Columns: all z, all beta, then all w (z by beta) where there are pair terms."""
 
-    def __init__(self, problem: Staged) -> None:
+    def __init__(self, problem: Staged, excluded: Collection[Choice]) -> None:
         self.problem = problem
         K, Z = problem.options, problem.blocks * problem.options
         self.depths = sum(len(stage.depths) for stage in problem.stages)
@@ -96,6 +109,8 @@ class _Model:
             for b in range(stage.depths[-1]):
                 options = {(b0 + b) * K + k: 1.0 for k in range(K)}
                 rows.add(options | {Z + d0 + d: -1.0 for d, n in enumerate(stage.depths) if n > b}, 0, 0)
+        for choice in excluded:
+            self._exclude(rows, choice)
         products = 0 if problem.pair is None else self._pairs(rows, Z)
         if problem.pair is not None:
             self.objective = np.concatenate([self.objective, problem.pair.ravel(), np.zeros(products)])
@@ -106,6 +121,15 @@ class _Model:
         for m in range(len(problem.metrics)):
             self.cost[m, :Z] = np.concatenate([stage.cost[m].ravel() for stage in problem.stages])
         self.whole = (np.arange(self.columns) < N).astype(np.int64)
+
+    def _exclude(self, rows: _Rows, choice: Choice) -> None:
+        """At least one depth or option is another one."""
+        problem, K, Z = self.problem, self.problem.options, self.problem.blocks * self.problem.options
+        taken = {}
+        for stage, options, (b0, d0) in zip(problem.stages, choice, problem.first, strict=True):
+            taken[Z + d0 + stage.depths.index(len(options))] = 1.0
+            taken |= {(b0 + b) * K + k: 1.0 for b, k in enumerate(options)}
+        rows.add(taken, -np.inf, len(taken) - 1)
 
     def _pairs(self, rows: _Rows, Z: int) -> int:
         """Rows of the products; how many variables of two depths there are, the last columns."""

@@ -10,7 +10,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -136,12 +136,14 @@ class Space:
                 raise InputError("no such option", where=f"stage {s + 1}", got=options)
 
     def smallest(self) -> Choice:
-        """Option 0 everywhere, least depth: where the published search starts."""
-        return tuple((0,) * stage.depths[0] for stage in self.stages)
+        """The least expansion, kernel and SE everywhere, least depth: where the published search starts."""
+        least = min(range(len(self.options)), key=lambda k: astuple(self.options[k]))
+        return tuple((least,) * stage.depths[0] for stage in self.stages)
 
     def largest(self) -> Choice:
-        """The last option everywhere, greatest depth: the network that is trained first."""
-        return tuple((len(self.options) - 1,) * stage.depths[-1] for stage in self.stages)
+        """The greatest expansion, kernel, SE and depth everywhere: the network that is trained first."""
+        most = max(range(len(self.options)), key=lambda k: astuple(self.options[k]))
+        return tuple((most,) * stage.depths[-1] for stage in self.stages)
 
     def random(self, generator: np.random.Generator) -> Choice:
         """Each decision uniform by itself, as published: not uniform over the networks."""
