@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from tightrope import arguments as arg
+from tightrope import nas_verbs
 from tightrope.command import Json, app, verb
 from tightrope.deploy import register
 from tightrope.errors import InputError, TightropeError
@@ -372,6 +373,7 @@ def demo(
 
 
 register(verb())  # the verbs of parties on machines of their own
+nas_verbs.register(verb)
 
 
 def main() -> None:
