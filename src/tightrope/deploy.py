@@ -94,9 +94,9 @@ def serve(config: ConfigFile, role: RoleName = None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for all threads, also the libraries'; awaited below
     try:
         from tightrope.runtimes.mpc.settings import read_settings
-        from tightrope.runtimes.mpc.worker import keep_memory
+        from tightrope.runtimes.mpc.worker import tune_process
 
-        keep_memory()
+        tune_process()
         settings = read_settings(config, role)
         with _desk(settings) if settings.role == "client" else _service(settings) as served:
             _until(signals, served)
@@ -218,7 +218,9 @@ def infer(
     from tightrope.desk import read_input
     from tightrope.runtimes.mpc.remote import Client
     from tightrope.runtimes.mpc.settings import read_settings
+    from tightrope.runtimes.mpc.worker import tune_process
 
+    tune_process()
     settings = read_settings(config, "client")
     client = Client.load(settings)
     try:
