@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=passive python benchmarks/bench_network.py [--ship]
 
 The machine is calibrated first, in the same run; with --ship that profile becomes the one in the package
-(on an idle machine only). Predictions are made before anything is measured. On a machine that does other things too
-a single run says little: every value is the median of RUNS.
+(on an idle machine only). Predictions are made before anything is measured. On a machine that does other
+things too a single run says little: every value is the median of RUNS.
 """
 
 from __future__ import annotations

@@ -138,6 +138,16 @@ def test_interrupted_and_damaged_lots_are_deleted_and_old_ones_too(tmp_path: Pat
     assert Stock(settings(tmp_path, keep_days=1e-9)).get(NAME) is None
 
 
+def test_lots_become_too_old_while_a_service_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = filled(tmp_path)
+    assert made.lots(TERMS, made.owner)
+    monkeypatch.setattr(stock.time, "time", lambda now=stock.time.time: now() + 31 * stock.DAY_S)
+    assert not made.lots(TERMS, made.owner) and not (made.path / NAME).exists()
+    made = filled(tmp_path / "dealer")
+    monkeypatch.setattr(stock.time, "time", lambda now=stock.time.time: now() + 31 * stock.DAY_S)
+    assert made.claim(lambda lot: True) is None
+
+
 def test_a_lot_never_comes_twice_not_even_when_the_first_is_gone(tmp_path: Path) -> None:
     """As a dealer would send it that was restored from a backup."""
     made = filled(tmp_path)

@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import struct
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -135,6 +136,28 @@ def test_a_silent_or_slow_stranger_holds_nobody_up(certs: Certs) -> None:
         client.close()
         for stranger in silent:
             stranger.close()
+
+
+def test_a_machine_without_a_thread_to_spare_still_listens_afterwards(
+    certs: Certs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, failed = threading.Thread.start, []
+
+    def start(self: threading.Thread) -> None:
+        if "prove" in repr(getattr(self, "_target", None)) and not failed:
+            failed.append(self)
+            raise RuntimeError("can't start new thread")
+        usual(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with listening(certs) as listener, ThreadPoolExecutor(1) as pool:
+        accepted = accept_in(pool, listener, {"client"}, within_s=5)
+        with pytest.raises(ProtocolError):
+            dial(certs, listener.port)
+        client = dial(certs, listener.port)
+        accepted.result(5)["client"].close()
+        client.close()
+    assert failed
 
 
 def test_two_peers_of_one_role_one_is_served_and_one_refused(certs: Certs) -> None:

@@ -12,6 +12,7 @@ import pytest
 from links import HOST, Certs, accept_in, dial, linked, listening
 
 from tightrope.errors import InputError, ProtocolError
+from tightrope.runtimes.mpc import tls
 from tightrope.runtimes.mpc.channel import Channel, Clock
 from tightrope.runtimes.mpc.keys import make_credentials, tls_context
 from tightrope.runtimes.mpc.listen import Listener
@@ -101,6 +102,24 @@ def test_addresses_that_cannot_work(certs: Certs) -> None:
     with pytest.raises(InputError, match="unknown host"):
         connect("no-such-host.invalid", 1, tls_context(certs["client"], accepts=False), "client", "server",
                 Clock(), within_s=1, timeout_s=1)  # fmt: skip
+
+
+def test_a_key_encrypts_no_more_records_than_it_may(certs: Certs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the caller or by the thread that sends; what came before arrives."""
+    monkeypatch.setattr(tls, "MAX_RECORDS", 40)
+    with linked(certs) as (client, server):
+        for step in range(40):
+            client.send(step, 0, b"x")
+            server.recv(step, 0, 1)
+        with pytest.raises(ProtocolError, match=r"cannot send to server[\s\S]*begin a new session"):
+            client.send(40, 0, b"x")
+    large = np.zeros(1 << 17, np.uint64)
+    with linked(certs) as (client, server):
+        server.send(0, 1, large)
+        server.send(1, 1, large)
+        assert len(client.recv(0, 1, large.nbytes)) == large.nbytes
+        with pytest.raises(ProtocolError, match="begin a new session"):
+            server.flush()
 
 
 def test_small_frames_behind_one_that_does_not_leave_keep_their_order(certs: Certs) -> None:

@@ -1,9 +1,9 @@
 """Measure a `Profile`: the inner loops of a party alone, then small sessions for the rest.
 
 A loop runs on inputs that no cache holds, as a party does: its material came some time ago. Each repetition
-is short enough to be undisturbed on a busy machine now and then. What a step, a gate, a frame and a byte take,
-and a frame over a network, is what makes the predicted times of sessions the measured ones (least squares of
-logarithms).
+is short enough to be undisturbed on a busy machine now and then. What a step, a gate, a frame and a byte
+take, and a frame over a network, is what makes the predicted times of sessions the measured ones (least
+squares of logarithms).
 """
 
 from __future__ import annotations

@@ -164,10 +164,11 @@ class Stock:
                 write_private(self.path / "owner", secrets.token_hex(SESSION_BYTES).encode())
             self.owner = (self.path / "owner").read_text()
         self._lots = {lot.name: lot for lot in found.values() if lot is not None}
-        self.forget(lambda lot: lot.left == 0 or lot.about.made < time.time() - settings.keep_days * DAY_S)
+        self.forget(lambda lot: lot.left == 0 or self._outdated(lot))
 
     def lots(self, terms: Mapping[str, Json], owner: str, weights: str = "") -> dict[str, Lot]:
         """Lots with material left that fit the program, the settings, and at the server its weights."""
+        self.forget(self._outdated)
         with self._guard:
             return {
                 name: lot
@@ -250,6 +251,7 @@ class Stock:
 
     def claim(self, wanted: Callable[[Lot], bool]) -> Lot | None:
         """A lot to give away: from now on in no stock, whatever happens to it. `discard` it afterwards."""
+        self.forget(self._outdated)
         with self._guard, _readable_errors(self.path):
             lot = next((lot for lot in self._lots.values() if wanted(lot)), None)
             if lot is not None:
@@ -262,6 +264,9 @@ class Stock:
 
     def close(self) -> None:
         os.close(self._lock)
+
+    def _outdated(self, lot: Lot) -> bool:
+        return lot.about.made < time.time() - self.settings.keep_days * DAY_S
 
     def _seen(self) -> list[str]:
         path = self.path / "seen"

@@ -28,6 +28,7 @@ from tightrope.runtimes.mpc.frame import VERSION
 from tightrope.runtimes.mpc.keys import Role, fingerprint, peer_role
 
 RECORD_BYTES = 1 << 14  # the largest TLS record, RFC 8446 section 5.1
+MAX_RECORDS = 1 << 24  # under one AES-GCM key, RFC 8446 section 5.5; the ssl module cannot ask for another
 DIRECT_BYTES = 1 << 17  # what the caller encrypts: waking a thread takes as long as encrypting this
 LINGER_S = 2.0  # what a closing party still waits for its last frames to leave
 RETRY_S = 0.05
@@ -43,6 +44,7 @@ class TlsLink:
         self._socket = connection
         self._timeout_s = timeout_s
         self._inside = threading.Lock()
+        self._records = 0  # encrypted so far
         self._turn = threading.Lock()  # of those who send; frames keep their order
         self._pending = 0  # frames that the thread has not sent completely
         self._queue: SimpleQueue[list[memoryview] | threading.Event | None] = SimpleQueue()
@@ -117,8 +119,7 @@ class TlsLink:
         rest = [view for view in views if view]
         while rest:
             try:
-                with self._inside:
-                    size = self._socket.send(rest[0])
+                size = self._push(rest[0])
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             except (OSError, ValueError) as error:
@@ -129,11 +130,19 @@ class TlsLink:
                 rest.pop(0)
         return rest
 
+    def _push(self, view: memoryview) -> int:
+        """Encrypt the front of it for the kernel, which takes so many bytes."""
+        with self._inside:
+            if self._records >= MAX_RECORDS:
+                raise LinkError("this connection's key has encrypted all that it may; begin a new session")
+            size = self._socket.send(view)
+            self._records += -(-size // RECORD_BYTES)
+        return size
+
     def _send_all(self, view: memoryview) -> None:
         while view:
             try:
-                with self._inside:
-                    size = self._socket.send(view)
+                size = self._push(view)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
                 self._wait(wanted, self._timeout_s)
             except (OSError, ValueError) as error:
