@@ -149,7 +149,8 @@ def test_a_directory_that_was_meant_for_something_else_stays_as_it_is(
     home.chmod(0o700)
     Stock(settings(tmp_path)).close()
     assert (home / ".ssh" / "id").exists() and (home / ".profile").exists()
-    monkeypatch.setattr(os, "geteuid", lambda user=os.geteuid(): user + 1)
+    another = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: another)
     with pytest.raises(InputError, match="belongs to another user"):
         Stock(settings(tmp_path))
 
