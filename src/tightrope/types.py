@@ -58,6 +58,7 @@ METRICS: tuple[str, ...] = tuple(f.name for f in fields(Cost))
 ADDITIVE = ("drelus", "online_bytes", "offline_bytes", "online_ms", "offline_ms")
 # And what follows the longest path through the choices (`Problem.path`).
 ALONG = ("ckks_levels",)
+NAMED = {"latency_ms": "online_ms"}  # what a budget may call a quantity
 COST_FORM: dict[Any, Any] = {f"{metric}?": float for metric in METRICS}
 
 
@@ -90,6 +91,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read limits separated by commas. `%` and `x` are relative to the unchanged network: 12% is 0.12x.
+        `latency_ms` is `online_ms`.
 
         Raises BudgetError for anything that is not `METRIC<=NUMBER[%|x]`.
         """
@@ -103,7 +105,8 @@ class Budget:
                     allowed="METRIC<=NUMBER, METRIC<=NUMBER% or METRIC<=NUMBERx, joined by commas",
                     fix="--budget 'drelus<=12%'",
                 )
-            metric, number, unit = match.groups()
+            word, number, unit = match.groups()
+            metric = NAMED.get(word, word)
             if metric not in METRICS:
                 raise BudgetError(
                     "unknown quantity in the budget", got=metric, allowed=near(metric, (*ADDITIVE, *ALONG))
