@@ -34,6 +34,7 @@ PROCESS_BYTES = 350 << 20  # an interpreter with torch and a library, for each o
 class Estimate:
     """Of one session. `key_bytes` are sent once; `client_bytes` and `server_bytes` are peak memory."""
 
+    parameters: Parameters
     keys: int
     key_bytes: int
     client_bytes: int
@@ -47,7 +48,8 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.keys} keys of {self.key_bytes / 1e9:.2g} GB, memory {self.memory_bytes / 1e9:.2g} GB, "
+            f"{self.parameters}; {self.keys} keys of {self.key_bytes / 1e9:.2g} GB, "
+            f"memory {self.memory_bytes / 1e9:.2g} GB, "
             f"about {self.setup_ms / 1e3:.2g} s for the keys and {self.image_ms / 1e3:.2g} s per image"
         )
 
@@ -61,6 +63,7 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
     encoded = max((s.diagonals for s in circuit.steps if isinstance(s, Affine)), default=0) * top / 2
     working = threads * int(WORKING_CIPHERTEXTS * top + encoded)
     return Estimate(
+        parameters=parameters,
         keys=keys,
         key_bytes=key_bytes,
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
@@ -166,10 +169,11 @@ def op_costs(program: Program, circuit: Circuit, batch: int = 1) -> dict[str, Co
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a batch will cost, by op and in all."""
+    """What a batch will cost, by op and in all; `about`: parameters, keys and memory."""
 
     ops: Mapping[str, Cost]
     total: Cost
+    about: str
 
 
 def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
@@ -181,4 +185,5 @@ def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
     for step in circuit.steps:
         costs[step.ops[-1]] += Cost(online_ms=batch * step_ms(step, circuit.parameters, circuit.values))
     levels = deepest(program, {name: cost.ckks_levels for name, cost in costs.items()})
-    return Predicted(costs, replace(total(costs.values()), ckks_levels=levels))
+    about = str(estimate(circuit, config.threads))
+    return Predicted(costs, replace(total(costs.values()), ckks_levels=levels), about)

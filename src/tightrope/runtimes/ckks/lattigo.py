@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tightrope.errors import InputError, ProtocolError
 from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite
 from tightrope.runtimes.ckks.diagonals import LOG_RATIO
-from tightrope.runtimes.ckks.format import check_ciphertext
+from tightrope.runtimes.ckks.format import check_ciphertext, key_size
 from tightrope.runtimes.ckks.parameters import Parameters
 from tightrope.types import Json
 
@@ -84,6 +84,18 @@ def write_keys(path: Path, keys: Iterator[tuple[int | None, bytes]], count: int)
                 file.write(U64.pack(element) + data)
 
 
+def _check_file(path: Path, parameters: Parameters, count: int) -> None:
+    """The library's reader does not return from a file that is too short."""
+    found, keys = path.stat().st_size, (key_size(parameters, element=one) for one in (False, True))
+    relinearisation, rotation = keys
+    wanted = 2 * len(HAS) + relinearisation + U32.size + count * (U64.size + rotation)
+    if found != wanted:
+        raise ProtocolError(
+            "the key file is truncated or of other parameters", where=str(path), got=f"{found} bytes",
+            allowed=f"{wanted} bytes",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Server:
     """A `Backend` on real ciphertexts, as bytes. Several threads may use it at a time."""
@@ -94,7 +106,11 @@ class Server:
 
     @classmethod
     def load(cls, circuit: Circuit, keys: Path) -> Server:
-        """From a file of `write_keys`, mapped and not read: its pages need no memory of their own."""
+        """From a file of `write_keys`, mapped and not read: its pages need no memory of their own.
+
+        Raises ProtocolError for a file of another size, or that the library refuses.
+        """
+        _check_file(keys, circuit.parameters, len(circuit.galois_elements()))
         ffi, gohandle = _library("orion_evaluator.ffi"), _library("orion_evaluator.gohandle")
         evaluator = _library("orion_evaluator.evaluator").Evaluator
         made = evaluator.__new__(evaluator)

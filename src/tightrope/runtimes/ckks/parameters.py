@@ -43,6 +43,13 @@ class Parameters:
                 fix="fewer levels, a larger ring, or a smaller scale",
             )
 
+    def __str__(self) -> str:
+        limit = "insecure" if self.insecure else f"{MAX_LOG_QP[self.log_n]} allowed"
+        return (
+            f"ring degree 2^{self.log_n}, scale 2^{self.scale_bits}, {self.levels} levels, "
+            f"log2(QP) = {self.log_qp} ({limit})"
+        )
+
     @property
     def slots(self) -> int:
         return 1 << (self.log_n - 1)
