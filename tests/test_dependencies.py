@@ -41,8 +41,6 @@ LOWER: dict[str, set[str]] = {
     "lower": {"errors", "types", "nn", "graph", "program"},
     "export": {"errors", "program"},
     "engine": {"errors", "export", "program", "types"},
-    "evaluate": {"errors", "data"},
-    "checkpoint": {"errors", "forms", "types"},
     "recipe": {"errors"},
     "hints": {"errors", "nn", "graph"},
     "reach": {"nn", "evaluate"},

@@ -145,7 +145,7 @@ def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: i
     network = settings.get("network", "none")
     table = _costs(f"Predicted: batch of {batch}, network {network}", found.ops.items(), found.total)
     view.table(table)
-    view.say(f"offline phase: {found.total.offline_ms:,.0f} ms")
+    view.say(found.about or f"offline phase: {found.total.offline_ms:,.0f} ms")
     if host := settings.get("profile", {}).get("host"):
         view.say("times measured on: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in host.items()))
     ops = [{"op": name} | cost.as_dict() for name, cost in found.ops.items()]
@@ -200,6 +200,8 @@ def measurement(view: View, measured: Measurement) -> None:
             view.say(f"{title}: " + ", ".join(f"{link} {n:,} bytes" for link, n in links.items()))
     if t.offline_ms:
         view.say(f"offline phase: {t.offline_ms:,.0f} ms")
+    if "predicted_error" in measured.config:
+        view.say(f"simulated; the noise of a real run: at most {measured.config['predicted_error']:.2g}")
 
 
 def times(view: View, expected: Cost, spent: Cost) -> None:
@@ -211,12 +213,22 @@ def times(view: View, expected: Cost, spent: Cost) -> None:
     view.say("; ".join(shown))
 
 
+COLUMNS = {  # of a Cost; one that is zero everywhere is left out, unless it is the milliseconds
+    "DReLUs": "drelus",
+    "online bytes": "online_bytes",
+    "offline bytes": "offline_bytes",
+    "rounds": "rounds",
+    "levels": "ckks_levels",
+}
+
+
 def _costs(title: str, ops: Iterable[tuple[str, Cost]], whole: Cost) -> Table:
-    table = grid(title, "op", "DReLUs", "online bytes", "offline bytes", "rounds", "online ms")
+    columns = {name: metric for name, metric in COLUMNS.items() if getattr(whole, metric)}
+    table = grid(title, "op", *columns, "online ms")
     for op, c in ops:
-        numbers = (c.drelus, c.online_bytes, c.offline_bytes, c.rounds)
+        numbers = [getattr(c, metric) for metric in columns.values()]
         if any(numbers) or c.online_ms >= 0.05:
             table.add_row(op, *("" if not v else f"{v:,.0f}" for v in numbers), f"{c.online_ms:,.1f}")
-    totals = (whole.drelus, whole.online_bytes, whole.offline_bytes, whole.rounds)
-    table.add_row("total", *(f"{v:,.0f}" for v in totals), f"{whole.online_ms:,.1f}", style="bold")
+    totals = (f"{getattr(whole, metric):,.0f}" for metric in columns.values())
+    table.add_row("total", *totals, f"{whole.online_ms:,.1f}", style="bold")
     return table
