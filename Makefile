@@ -28,11 +28,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-# torchvision and timm without their dependencies: whatever torch is there stays
+# without their dependencies: whatever torch and numpy are there stay
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ckks]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt huggingface_hub pyyaml
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchvision timm
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchvision timm \
+		torch-pruning onnx onnxruntime openvino protobuf ml_dtypes flatbuffers
 	touch $@
 
 clean:

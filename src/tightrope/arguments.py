@@ -25,7 +25,57 @@ Network = Annotated[
 Profile = Annotated[
     Path | None, typer.Option(help="Of predicted times: what `tightrope calibrate` measured.")
 ]
+RunMode = Annotated[
+    str | None,
+    typer.Option("--mode", help="Of ckks: execute, or simulate: in the clear, predicted."),
+]
+LogN = Annotated[
+    int | None,
+    typer.Option(help="Of ckks: the ring's degree as a power of two. [default: the smallest secure one]"),
+]
+ScaleBits = Annotated[int | None, typer.Option(help="Of ckks: bits of the fixed point. [default: 40]")]
+MemoryGB = Annotated[
+    float | None, typer.Option(help="Of ckks: refuse to take more. [default: four fifths of what is free]")
+]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a bundle that holds a fine-tuned network or measurements."),
 ]
+Model = Annotated[
+    str, typer.Option(help="demo, resnet18, torchvision:NAME, timm:NAME, arch:STRING, FILE.py:FUNCTION.")
+]
+Dataset = Annotated[str, typer.Option(help="embedded, fashion-mnist, cifar10, cifar100, or a directory.")]
+Weights = Annotated[Path | None, typer.Option(help="Trained weights, .safetensors.")]
+Root = Annotated[Path | None, typer.Option(help="Where the files of a named data set are.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images of a directory.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting of the method, NAME=VALUE; repeat.")
+]
+Classes = Annotated[
+    str | None, typer.Option(help="Of reengineer: one class against the rest, or several, e.g. 2,5,7.")
+]
+Superclasses = Annotated[Path | None, typer.Option(help="Of reengineer: a JSON file {name: [classes]}.")]
+NewData = Annotated[str | None, typer.Option(help="Of reengineer: images of another task.")]
+Sites = Annotated[
+    str | None, typer.Option(help="Shell patterns of activations to decide, comma-separated. [default: *]")
+]
+Samples = Annotated[
+    int | None, typer.Option(help="Training images behind each predicted loss. [default: 256]")
+]
+Repair = Annotated[
+    bool | None,
+    typer.Option(
+        "--repair/--no-repair",
+        help="Charge an option for what remains after rescaling its channel. [default: repair]",
+    ),
+]
+Verify = Annotated[
+    int | None, typer.Option(help="Options measured exactly, for the rank correlation. [default: 100]")
+]
+MaxPool = Annotated[str | None, typer.Option(help="keep, or avg: average-pools instead. [default: keep]")]
+Relu6 = Annotated[str | None, typer.Option(help="keep (two comparisons), or relu. [default: keep]")]
+PricedBy = Annotated[
+    str | None, typer.Option("--runtime", help="Whose costs price the options. [default: the method's]")
+]
+Devices = Annotated[int, typer.Option(help="Processes (or GPUs) per machine that share the images.")]
+Nodes = Annotated[int, typer.Option(help="Machines.")]

@@ -4,6 +4,8 @@ bundle.json          which network, which data, which versions
 base.safetensors     the trained network as it came
 problem.npz          every option, loss and cost: solves again for another budget
 plan.json            the choice
+plan.safetensors     what a method learned: masks, a bit each, and a head
+search.json          how good what it learned is, and what else could be done
 model.safetensors    the rewritten network's weights
 program.json, program.safetensors     the frozen network that runtimes execute
 ring.json            what fits the small ring of mpc, where that was asked
@@ -28,15 +30,16 @@ import numpy
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from tightrope import __version__, models
-from tightrope.data import Data, load
+from tightrope.data import Data, Task, load, sample_sha256, view
 from tightrope.decisions import decisions
 from tightrope.errors import BundleError, InputError
 from tightrope.forms import Amount, mismatch, parse
 from tightrope.lock import NAME as LOCK
 from tightrope.lock import check_unlocked, locked
+from tightrope.nn.group_max import GroupMax
 from tightrope.place import tensors_sha256
 from tightrope.program import Program, base_cost
 from tightrope.rewrite import apply
@@ -44,11 +47,19 @@ from tightrope.types import METRICS, Json, Measurement, Plan, Problem, atomic_wr
 
 SCHEMA = 2  # of bundle.json; bundles of schema 1 had no hashes
 DISTORTION = "distortion"  # a measurement under way starts the directory, before there is a bundle
+LEARNING = "learning"  # so does training under way
 START = "start.safetensors"  # of a refined plan: the weights tuned under the plan before it
-RESULTS = ("accuracy.json", "checkpoint.safetensors", "measurements.json", "curve.json")  # cost work to make
+RESULTS = (  # cost work to make
+    "search.json",
+    "accuracy.json",
+    "checkpoint.safetensors",
+    "measurements.json",
+    "curve.json",
+)
 DERIVED = (
     "problem.npz",
     "plan.json",
+    "plan.safetensors",
     START,
     "model.safetensors",
     "program.json",
@@ -62,7 +73,7 @@ DERIVED = (
 
 HEAD_FORM = {
     "model?": str, "num_classes?": int, "in_channels?": int, "data?": str, "root?": (str, NoneType),
-    "image_size?": (int, NoneType), "runtime?": str, "versions?": {str: str},
+    "image_size?": (int, NoneType), "runtime?": str, "versions?": {str: str}, "task?": (dict, NoneType),
     "pricing?": {"network?": str, "profile?": {"host?": dict}},
 }  # fmt: skip
 _SPENT = {f"{metric}?": Amount for metric in METRICS}
@@ -73,6 +84,10 @@ MEASUREMENTS_FORM = [
         "host?": dict, "peak_memory_bytes?": int, "same_class?": int, "max_abs_error?": Amount,
     }
 ]  # fmt: skip
+RECORD_FORM = {
+    "accuracy": Amount, "controls": {str: Amount}, "front": [{str: Amount}], "classes": [str],
+    "shown": [{"title": str, "columns": [str], "rows": [[str]]}],
+}  # fmt: skip
 ACCURACY_FORM = {"recipe?": dict, str: Amount}
 CURVE_FORM = [
     {
@@ -164,7 +179,8 @@ class Bundle:
         """
         if path.is_file():
             raise InputError("the bundle must be a directory", where=str(path), fix="another --out")
-        foreign = path.is_dir() and any(p.name not in (DISTORTION, LOCK) for p in path.iterdir())
+        beginnings = (DISTORTION, LEARNING, LOCK)
+        foreign = path.is_dir() and any(p.name not in beginnings for p in path.iterdir())
         if foreign and not (path / "bundle.json").exists():
             raise InputError("not empty and not a bundle", where=str(path), fix="another --out")
         results = [name for name in RESULTS if (path / name).exists()]
@@ -197,8 +213,29 @@ class Bundle:
         return _load_weights(self.path / "base.safetensors", model)
 
     def data(self) -> Data:
+        """The images of the bundle's task. Raises BundleError when they are no longer those of the search."""
         name, root, image_size = self._named("data", "root", "image_size")
-        return load(name, root=root, image_size=image_size)
+        data, task = load(name, root=root, image_size=image_size), self.task()
+        if task is None:
+            return data
+        new = None if task.new is None else load(task.new, image_size=image_size)
+        if sample_sha256(new or data, task) != self.about["task"].get("sample_sha256"):
+            raise BundleError(
+                "the images are not those of the search", where=task.new or name, fix="tightrope search"
+            )
+        return view(data, task, new)
+
+    def task(self) -> Task | None:
+        """What the labels mean in the network's classes; None: they are these."""
+        body = self.about.get("task")
+        return None if body is None else Task.from_json(body, str(self.path / "bundle.json"))
+
+    def donor(self) -> nn.Module | None:
+        """The original network, answering within the task; None where its classes say nothing of the task."""
+        task = self.task()
+        if task is None:
+            return self.base()
+        return nn.Sequential(self.base(), GroupMax(task.groups)) if task.groups else None
 
     def _named(self, *keys: str) -> tuple[Json, ...]:
         about = self.about
@@ -224,17 +261,55 @@ class Bundle:
     def save_plan(self, plan: Plan) -> None:
         atomic_write(self.path / "plan.json", lambda f: f.write(plan.to_json().encode()))
 
+    def save_learned(
+        self, tensors: Mapping[str, Tensor], base_sha256: str, record: Mapping[str, Json]
+    ) -> None:
+        """Keep what a method learned, with the hash of the network that it belongs to."""
+        whole = {k: v.contiguous() for k, v in tensors.items()}
+        data = save(whole, metadata={"sha256": tensors_sha256(whole), "base_sha256": base_sha256})
+        atomic_write(self.path / "plan.safetensors", lambda f: f.write(data))
+        write_json(self.path / "search.json", dict(record))
+
+    def learned(self, plan: Plan) -> dict[str, Tensor]:
+        """The tensors of a plan; {} when it has none. Raises BundleError for damage, or another network's."""
+        path = self.path / "plan.safetensors"
+        if not path.exists():
+            return {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except Exception as error:  # safetensors raises many kinds
+            raise BundleError("the masks are damaged", where=str(path), got=str(error)[:200]) from error
+        if found.get("sha256") != tensors_sha256(tensors):
+            raise BundleError("the masks are damaged: not those that were saved", where=str(path))
+        if found.get("base_sha256") != plan.base_sha256:
+            raise BundleError(
+                "the masks belong to another network than the plan",
+                where=str(path),
+                got=str(found.get("base_sha256"))[:12],
+                allowed=plan.base_sha256[:12],
+            )
+        return tensors
+
+    def record(self) -> dict[str, Json]:
+        """What a search by training reports; {} of other methods."""
+        path = self.path / "search.json"
+        return read_json(path, RECORD_FORM) if path.exists() else {}
+
     def problem(self) -> Problem:
         return Problem.load(self.path / "problem.npz")
 
     def model(self) -> nn.Module:
         """Rebuild the base, apply the plan, load the weights strictly."""
-        model = apply(self.base(), self.plan())
+        plan = self.plan()
+        model = apply(self.base(), plan, self.learned(plan))
         return _load_weights(self.path / "model.safetensors", model)
 
     def rewritten(self) -> nn.Module:
         """The base under the plan as fine-tuning starts: with the weights of `save_start`, if any."""
-        model, start = apply(self.base(), self.plan()), self.path / START
+        plan, start = self.plan(), self.path / START
+        model = apply(self.base(), plan, self.learned(plan))
         return _load_weights(start, model) if start.exists() else model
 
     def save_start(self, tuned: nn.Module) -> None:

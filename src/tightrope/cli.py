@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from tightrope.arguments import AsJson, BudgetText, BundleDir, Network, Out, Overwrite, Profile
+from tightrope import arguments as arg
+from tightrope import nas_verbs
 from tightrope.command import Json, app, verb
 from tightrope.deploy import register
 from tightrope.errors import InputError, TightropeError
@@ -32,74 +33,77 @@ RECIPE = Recipe()
 
 @verb(kept="the same command goes on where it stopped")
 def search(
-    budget: BudgetText,
-    model: Annotated[
-        str, typer.Option(help="demo, resnet18, torchvision:NAME, timm:NAME, arch:STRING, FILE.py:FUNCTION.")
-    ] = "demo",
-    data: Annotated[
-        str, typer.Option(help="embedded, fashion-mnist, cifar10, cifar100, or a directory.")
-    ] = "embedded",
-    out: Out = Path("runs/search"),
+    budget: arg.BudgetText,
+    model: arg.Model = "demo",
+    data: arg.Dataset = "embedded",
+    out: arg.Out = Path("runs/search"),
     method: Annotated[str, typer.Option(help="Which method decides.")] = "block_relu",
-    weights: Annotated[Path | None, typer.Option(help="Trained weights, .safetensors.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where the files of a named data set are.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images of a directory.")] = None,
-    sites: Annotated[
-        str, typer.Option(help="Shell patterns of activations to decide, comma-separated.")
-    ] = "*",
-    samples: Annotated[int, typer.Option(help="Training images behind each predicted loss.")] = 256,
-    repair: Annotated[
-        bool, typer.Option(help="Charge an option for what remains after rescaling its channel.")
-    ] = True,
-    verify: Annotated[int, typer.Option(help="Options measured exactly, for the rank correlation.")] = 100,
-    max_pool: Annotated[str, typer.Option(help="keep, or avg: average-pools instead.")] = "keep",
-    relu6: Annotated[str, typer.Option(help="keep (two comparisons), or relu.")] = "keep",
-    runtime: Annotated[str, typer.Option(help="Whose costs price the options.")] = "mpc",
-    network: Network = None,
-    profile: Profile = None,
+    weights: arg.Weights = None,
+    root: arg.Root = None,
+    image_size: arg.ImageSize = None,
+    settings: arg.Settings = None,
+    classes: arg.Classes = None,
+    superclasses: arg.Superclasses = None,
+    new_data: arg.NewData = None,
+    sites: arg.Sites = None,
+    samples: arg.Samples = None,
+    repair: arg.Repair = None,
+    verify: arg.Verify = None,
+    max_pool: arg.MaxPool = None,
+    relu6: arg.Relu6 = None,
+    runtime: arg.PricedBy = None,
+    network: arg.Network = None,
+    profile: arg.Profile = None,
     seed: int = 0,
-    devices: Annotated[int, typer.Option(help="Processes (or GPUs) per machine that share the images.")] = 1,
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    devices: arg.Devices = 1,
+    nodes: arg.Nodes = 1,
     accelerator: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
 ) -> Json | None:
     """Measure every option of a network and choose the best ones within a budget."""
     from tightrope import pipeline
+    from tightrope.learning import Wanted
+    from tightrope.methods import parse_settings
     from tightrope.shard import launch
 
     view = View(as_json)
     view.stage("reading the data and the network")
     shard = launch(devices, nodes, accelerator)
-    config = {
+    given = {
         "sites": sites, "samples": samples, "repair": repair, "verify": verify, "max_pool": max_pool,
         "relu6": relu6, "seed": seed,
     }  # fmt: skip
+    config = {k: v for k, v in given.items() if v is not None} | parse_settings(settings or [])
     prices: Json = {} if network is None else {"network": network}
     if profile is not None:
         prices["profile"] = pipeline.read_profile(profile)
+    wanted = Wanted(classes=classes, superclasses=superclasses, new_data=new_data)
     with view.progress() as progress:
         bundle = pipeline.search(
             model=model, data=data, budget=budget, out=out, method=method, config=config, weights=weights,
-            root=root, image_size=image_size, runtime=runtime, pricing=prices, overwrite=overwrite,
-            progress=progress, warn=view.warn, shard=shard,
+            root=root, image_size=image_size, runtime=runtime, pricing=prices, wanted=wanted,
+            overwrite=overwrite, progress=progress, warn=view.warn, shard=shard,
         )  # fmt: skip
     return _chosen(view, bundle) if shard.first else None
 
 
 def _chosen(view: View, bundle: Bundle) -> Json:
+    from tightrope.rewrite import tunable
+
     result = plan_summary(view, bundle)
-    view.say(f"bundle: {bundle.path}   next: {shlex.join(['tightrope', 'finetune', str(bundle.path)])}")
+    verb = "finetune" if tunable(bundle.plan()) else "apply"
+    view.say(f"bundle: {bundle.path}   next: {shlex.join(['tightrope', verb, str(bundle.path)])}")
     return result
 
 
 @verb()
 def solve(
-    bundle: BundleDir,
-    budget: BudgetText,
-    out: Out = Path("runs/solve"),
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    bundle: arg.BundleDir,
+    budget: arg.BudgetText,
+    out: arg.Out = Path("runs/solve"),
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Solve a bundle's saved problem for another budget, without measuring the network again."""
     from tightrope import replan
@@ -110,11 +114,11 @@ def solve(
 
 @verb()
 def refine(
-    bundle: BundleDir,
-    out: Out = Path("runs/refined"),
+    bundle: arg.BundleDir,
+    out: arg.Out = Path("runs/refined"),
     budget: Annotated[str | None, typer.Option(help="Another one than the bundle's.")] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Measure the options again in a fine-tuned network, and solve again; then fine-tune on."""
     from tightrope import replan
@@ -129,20 +133,28 @@ def refine(
 
 
 @verb()
-def apply(bundle: BundleDir, as_json: AsJson = False) -> Json:
+def apply(
+    bundle: arg.BundleDir,
+    test: Annotated[bool, typer.Option("--test", help="Then read the test split, once.")] = False,
+    as_json: arg.AsJson = False,
+) -> Json:
     """Rewrite the network by the plan without training, and freeze it."""
     from tightrope import pipeline
     from tightrope.bundle import Bundle
 
     view = View(as_json)
-    pipeline.apply_plan(Bundle.open(bundle), view.warn)
+    opened = Bundle.open(bundle)
+    pipeline.apply_plan(opened, view.warn)
     view.say(f"wrote {bundle / 'model.safetensors'} and {bundle / 'program.json'}")
-    return {"bundle": str(bundle)}
+    result = pipeline.test(opened) if test else {}
+    if test:
+        accuracies(view, result)
+    return {"bundle": str(bundle), **result}
 
 
 @verb(kept="the same command, without --restart, goes on where it stopped")
 def finetune(
-    bundle: BundleDir,
+    bundle: arg.BundleDir,
     epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = RECIPE.epochs,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = RECIPE.lr,
     batch_size: Annotated[int, typer.Option(help="Images per step, all devices.")] = RECIPE.batch_size,
@@ -154,7 +166,7 @@ def finetune(
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = RECIPE.precision,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
     test: Annotated[bool, typer.Option("--test", help="Then read the test split, once.")] = False,
-    as_json: AsJson = False,
+    as_json: arg.AsJson = False,
 ) -> Json | None:
     """Train the rewritten network with the original as its teacher; an interrupted run resumes."""
     from tightrope import pipeline
@@ -182,9 +194,10 @@ def finetune(
 
 @verb()
 def run(
-    bundle: BundleDir,
+    bundle: arg.BundleDir,
     runtime: Annotated[
-        str, typer.Option(help="plain, or mpc: three processes, none sees image and weights.")
+        str,
+        typer.Option(help="plain; mpc: three processes, none sees image and weights; ckks: on ciphertexts."),
     ] = "mpc",
     image: Annotated[Path | None, typer.Option(help="A PNG or JPEG.")] = None,
     resize: Annotated[
@@ -200,12 +213,16 @@ def run(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Run nothing: predict what --count images together will cost.")
     ] = False,
-    network: Network = None,
-    profile: Profile = None,
+    network: arg.Network = None,
+    profile: arg.Profile = None,
     ring: Annotated[
         str | None, typer.Option(help="Of mpc: 64, 32 (half of the bytes), or auto: 32 if precise enough.")
     ] = None,
-    as_json: AsJson = False,
+    mode: arg.RunMode = None,
+    log_n: arg.LogN = None,
+    scale_bits: arg.ScaleBits = None,
+    memory_gb: arg.MemoryGB = None,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Execute a bundle's network and show what it predicts and what it really cost."""
     import numpy as np
@@ -213,27 +230,19 @@ def run(
     from tightrope import pipeline
     from tightrope.bundle import Bundle
     from tightrope.data import read_image
+    from tightrope.options import settings
     from tightrope.runtimes import runtime_type
 
     view = View(as_json)
     opened = Bundle.open(bundle)
     runtime_type(runtime)
-    if port is not None and runtime != "mpc":
-        raise InputError("only the mpc runtime has ports", got=f"--port with --runtime {runtime}")
-    if reveal is not None and runtime != "mpc":
-        raise InputError("only the mpc runtime hides outputs", got=f"--reveal with --runtime {runtime}")
-    if ring is not None and runtime != "mpc":
-        raise InputError("only the mpc runtime has rings", got=f"--ring with --runtime {runtime}")
     if image is not None and count is not None:
         raise InputError("one image, or so many test images", got=f"--image {image} with --count {count}")
-    if (network or profile) and runtime != "mpc":
-        raise InputError("only the mpc runtime has links", got=f"--network or --profile with {runtime}")
-    asked = {"port": port, "reveal": reveal, "network": network}
-    config = {k: v for k, v in asked.items() if v is not None}
-    if ring is not None:
-        from tightrope.ring import settings
-
-        config |= settings(opened, ring)
+    asked = {
+        "port": port, "reveal": reveal, "network": network, "profile": profile, "ring": ring, "mode": mode,
+        "log_n": log_n, "scale_bits": scale_bits, "memory_gb": memory_gb,
+    }  # fmt: skip
+    config = settings(opened, runtime, asked)
     measured_times = None if profile is None else pipeline.read_profile(profile)
 
     def expect(batch: int) -> tuple[Estimate, Mapping[str, Any]]:
@@ -249,7 +258,9 @@ def run(
         x, labels = read_image(image, data, resize=resize).numpy(), None
     else:
         x, labels = pipeline.test_images(data, 1 if count is None else count)
-    outputs, expected, measured = pipeline.run(opened, x, runtime=runtime, config=config)
+    outputs, expected, measured = pipeline.run(
+        opened, x, runtime=runtime, config=config, mode=mode or "execute", warn=view.warn
+    )
     got, want = outputs.argmax(-1), expected.argmax(-1)
     error = None if reveal == "label" else float(np.abs(outputs - expected).max())
     table = grid("Predictions", "image", "predicted", "plain", *(() if labels is None else ("label",)))
@@ -276,22 +287,26 @@ def run(
 
 @verb()
 def curve(
-    bundle: BundleDir,
+    bundle: arg.BundleDir,
     points: Annotated[int, typer.Option(help="How many budgets.")] = 20,
     limit: Annotated[int, typer.Option(help="Validation images per budget.")] = 1000,
-    as_json: AsJson = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Accuracy against budget before any training, with the controls."""
     from tightrope import pipeline
     from tightrope.bundle import Bundle
+    from tightrope.decisions import decided
+    from tightrope.types import Budget
 
-    view = View(as_json)
+    view, opened = View(as_json), Bundle.open(bundle)
     with view.progress() as progress:
-        rows = pipeline.curve(Bundle.open(bundle), points=points, limit=limit, progress=progress)
-    names = ("tightrope", "per_layer", "uniform", "random", "layers")
-    table = grid("Validation accuracy before training, and DReLUs", "budget", *names)
+        rows = pipeline.curve(opened, points=points, limit=limit, progress=progress)
+    names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
+    metric = decided(opened.problem(), Budget.parse(opened.plan().budget).limits[0].metric)
+    title = f"Validation accuracy before training, and {metric.replace('_', ' ')}"
+    table = grid(title, "budget", *names)
     for row in rows:
-        table.add_row(f"{row['share']:.1%}", *(control(row, name) for name in names))
+        table.add_row(f"{row['share']:.1%}", *(control(row, name, metric) for name in names))
     view.table(table)
     return {"curve": rows}
 
@@ -300,7 +315,7 @@ def curve(
 def calibrate(
     runtime: Annotated[str, typer.Option(help="Which runtime to measure.")] = "mpc",
     out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")] = Path("profile.json"),
-    as_json: AsJson = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Measure what this machine takes per unit of work: search and run --estimate predict times from it."""
     from tightrope.bundle import write_json
@@ -315,7 +330,7 @@ def calibrate(
 
 
 @verb()
-def report(bundle: BundleDir, as_json: AsJson = False) -> Json:
+def report(bundle: arg.BundleDir, as_json: arg.AsJson = False) -> Json:
     """Write the bundle's report.html and README.md."""
     from tightrope.bundle import Bundle
     from tightrope.report import write
@@ -328,10 +343,10 @@ def report(bundle: BundleDir, as_json: AsJson = False) -> Json:
 
 @verb(kept="the same command starts again, with what was measured")
 def demo(
-    out: Out = Path("runs/demo"),
-    budget: BudgetText = "drelus<=12%",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    out: arg.Out = Path("runs/demo"),
+    budget: arg.BudgetText = "drelus<=12%",
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """The whole way on embedded data: search, fine-tune, 16 secure predictions, report.
 
@@ -357,6 +372,7 @@ def demo(
 
 
 register(verb())  # the verbs of parties on machines of their own
+nas_verbs.register(verb)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 
 from tightrope import data as datasets
 from tightrope import models
-from tightrope.bundle import DISTORTION, Bundle, write_json
+from tightrope.bundle import DISTORTION, LEARNING, Bundle, write_json
 from tightrope.choose import CALIBRATION, Chooser, exact_cost, freeze
 from tightrope.data import Data
 from tightrope.errors import InputError, TightropeError, TraceError
@@ -28,13 +28,14 @@ from tightrope.evaluate import chance
 from tightrope.finetune import Recipe, accuracy, finetune, recalibrate
 from tightrope.forms import parse
 from tightrope.graph import trace
+from tightrope.learning import EVERYTHING, Wanted, ask, keep
 from tightrope.lock import check_unlocked, locked
-from tightrope.methods import Method, method_type
+from tightrope.methods import Finishes, Learner, Method, configure
 from tightrope.place import model_sha256, place
 from tightrope.program import Program
 from tightrope.replan import pricing_of
-from tightrope.rewrite import method_of
-from tightrope.runtimes import Estimate, Pricing, Runtime, runtime_type
+from tightrope.rewrite import measuring_method_of, method_of, tunable
+from tightrope.runtimes import Estimate, Mode, Pricing, Runtime, runtime_type
 from tightrope.shard import Shard, launch
 from tightrope.solve.select import cheapest, price, select
 from tightrope.types import Budget, Cost, Json, Limit, Measurement, Problem
@@ -58,8 +59,9 @@ def search(
     weights: Path | None = None,
     root: Path | None = None,
     image_size: int | None = None,
-    runtime: str = "mpc",
+    runtime: str | None = None,
     pricing: Mapping[str, Json] | None = None,
+    wanted: Wanted = EVERYTHING,
     overwrite: bool = False,
     progress: Progress = quiet,
     warn: Callable[[str], object] = warnings.warn,
@@ -69,12 +71,14 @@ def search(
 
     `pricing`: settings of the runtime's prices, for mpc its `network` and `profile`.
     Interrupted, the same call goes on where it stopped. A bundle with a fine-tuned network or measurements
-    is replaced only with `overwrite`. `warn` hears of a network that classifies no better than chance.
+    is replaced only with `overwrite`. `wanted`: a task of its own, for a method that makes a network for one.
+    `runtime`: None for the method's. `warn` hears of a network that classifies no better than chance.
     Raises a TightropeError before anything is written when the budget, the model or the data cannot be used.
     """
     limits = Budget.parse(budget)
     Bundle.check_target(out, overwrite=overwrite)
-    chosen: Method = method_type(method)(**(config or {}))
+    chosen: Method | Learner = configure(method, config or {})
+    runtime = runtime or chosen.runtime
     cost: Pricing = runtime_type(runtime)().pricing(**(pricing or {}))
     images = datasets.load(data, root=root, image_size=image_size)
     classes, channels = len(images.classes), images.input_shape[0]
@@ -82,6 +86,34 @@ def search(
     graph = trace(net, images.input_shape)
     if shard.first:
         _warn_of_chance(net, images, warn)
+    about = {
+        "model": models.located(model),
+        "num_classes": classes,
+        "in_channels": channels,
+        "data": datasets.located(data),
+        "root": None if root is None else os.path.abspath(root),
+        "image_size": image_size,
+        "runtime": runtime,
+        "pricing": dict(cost.settings),
+    }
+    if isinstance(chosen, Learner):
+        asked = ask(images, wanted, image_size, int(getattr(chosen, "seed", 0)))
+        learned = chosen.learn(
+            graph,
+            asked.data,
+            task=asked.task,
+            budget=limits,
+            cost=cost,
+            workdir=out / LEARNING,
+            progress=progress,
+            shard=shard,
+        )
+        if shard.first:
+            bundle = Bundle.create(out, about | {"task": asked.to_json()}, net, overwrite=overwrite)
+            keep(bundle, chosen, learned, asked, limits, model, graph)
+        shard.barrier()
+        return Bundle(out)
+    wanted.refuse(method)
     chooser = Chooser(chosen, cost, limits, lambda: (graph, images))
     unchanged: list[Cost | None] = []
 
@@ -99,16 +131,6 @@ def search(
         shard=shard,
     )
     problem = chooser.anchored(problem, unchanged[0])
-    about = {
-        "model": models.located(model),
-        "num_classes": classes,
-        "in_channels": channels,
-        "data": datasets.located(data),
-        "root": None if root is None else os.path.abspath(root),
-        "image_size": image_size,
-        "runtime": runtime,
-        "pricing": dict(cost.settings),
-    }
     if shard.first:
         sha256 = model_sha256(graph.module)
         plan = chooser.plan(problem, model, sha256, images.input_shape, exact=True)
@@ -174,6 +196,15 @@ def _warn_of_budget(bundle: Bundle, program: Program, warn: Callable[[str], obje
                 )
 
 
+def _frozen(bundle: Bundle, model: nn.Module, data: Data) -> Program:
+    """The program of a network of the bundle, in the form that its method wants executed."""
+    plan = bundle.plan()
+    method = method_of(plan)
+    if isinstance(method, Finishes):
+        model = method.finish(model, plan.input_shape, pricing_of(bundle))
+    return freeze(model, data)
+
+
 def apply_plan(bundle: Bundle, warn: Callable[[str], object] = warnings.warn) -> nn.Module:
     """Rewrite the base by the plan, without any training, and freeze it.
 
@@ -188,7 +219,7 @@ def apply_plan(bundle: Bundle, warn: Callable[[str], object] = warnings.warn) ->
         )
     with locked(bundle.path):
         model = bundle.rewritten()
-        program = freeze(model, bundle.data())
+        program = _frozen(bundle, model, bundle.data())
         with suppress(TraceError):  # an op that the runtime does not have: another one may run it
             exact_cost(pricing_of(bundle), program)
         _warn_of_budget(bundle, program, warn)
@@ -211,6 +242,12 @@ def train(
     Several processes (`Recipe.devices`, `nodes`) each run this call; the first alone writes the bundle, and
     the others return {}. Raises BundleError when another command is writing the bundle.
     """
+    if not tunable(bundle.plan()):
+        raise InputError(
+            "the search has trained this network already; more training would undo what it learned",
+            where=str(bundle.path),
+            fix="tightrope apply",
+        )
     check_unlocked(bundle.path)  # before the other processes are started
     several = recipe.devices * recipe.nodes > 1
     shard = launch(recipe.devices, recipe.nodes, recipe.accelerator) if several else SINGLE
@@ -241,7 +278,7 @@ def _train(
     tuned = finetune(model, data, teacher=base, recipe=recipe, checkpoint=checkpoint, log=record)
     if not shard.first:
         return {}
-    program = freeze(tuned, data)
+    program = _frozen(bundle, tuned, data)
     with suppress(TightropeError):  # what the runtime cannot execute, `run` says
         _warn_of_budget(bundle, program, warn)
     bundle.save_model(tuned, program)
@@ -257,16 +294,26 @@ def _train(
 
 def test(bundle: Bundle) -> dict[str, float]:
     """Accuracy on the test split, of the original and the final network: to be read once, at the end."""
-    base, data, model = bundle.base(), bundle.data(), bundle.model()
-    result = {"test_base": accuracy(base, data, "test"), "test": accuracy(model, data, "test")}
+    donor, data, model = bundle.donor(), bundle.data(), bundle.model()
+    result = {} if donor is None else {"test_base": accuracy(donor, data, "test")}
+    result["test"] = accuracy(model, data, "test")
     write_json(bundle.path / "accuracy.json", bundle.accuracy() | result)
     return result
 
 
 def run(
-    bundle: Bundle, x: NDArray[Any], *, runtime: str = "mpc", config: Mapping[str, Json] | None = None
+    bundle: Bundle,
+    x: NDArray[Any],
+    *,
+    runtime: str = "mpc",
+    config: Mapping[str, Json] | None = None,
+    mode: str = "execute",
+    warn: Callable[[str], object] = warnings.warn,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Measurement]:
     """Execute the frozen network on (N, C, H, W); outputs of the runtime and of `plain`, and the cost.
+
+    With `mode="simulate"` the runtime predicts instead, and the bundle keeps no measurement. `warn` hears
+    what the runtime warns of.
 
     With `config={"reveal": "label"}` the outputs of `mpc` are one-hot vectors.
 
@@ -280,12 +327,16 @@ def run(
     if runtime == "plain":
         outputs, measurement = expected, plain
     else:
-        with chosen.open(program, "execute") as session:
+        with chosen.open(program, cast(Mode, mode)) as session, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             outputs, measurement = session.run(x)
+        for warning in told:
+            warn(str(warning.message))
     agreement: dict[str, Json] = {"same_class": int((outputs.argmax(-1) == expected.argmax(-1)).sum())}
     if measurement.config.get("reveal") != "label":  # a label has no error
         agreement["max_abs_error"] = float(np.abs(outputs - expected).max())
-    bundle.add_measurement(measurement, agreement)
+    if mode == "execute":
+        bundle.add_measurement(measurement, agreement)
     return outputs, expected, measurement
 
 
@@ -314,7 +365,7 @@ def curve(
         if value < 1:
             raise InputError(f"{name} must be positive", got=value, allowed="1 or more")
     problem, plan, data = bundle.problem(), bundle.plan(), bundle.data()
-    method = method_of(plan)
+    method = measuring_method_of(plan)
     metric = Budget.parse(plan.budget).limits[0].metric
     graph = trace(bundle.base(), plan.input_shape)
 

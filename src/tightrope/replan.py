@@ -10,7 +10,7 @@ from tightrope.choose import Chooser
 from tightrope.errors import BundleError, InputError
 from tightrope.graph import trace
 from tightrope.methods import Remeasures
-from tightrope.rewrite import method_of
+from tightrope.rewrite import measuring_method_of, method_of
 from tightrope.runtimes import Pricing, runtime_type
 from tightrope.types import Budget, Problem
 
@@ -24,6 +24,7 @@ def solve(source: Bundle, budget: str, out: Path, *, overwrite: bool = False) ->
     """
     limits = Budget.parse(budget)
     _check_another(source, out, overwrite=overwrite)
+    measuring_method_of(source.plan())
     return _planned(source, source.problem(), limits, out, overwrite=overwrite)
 
 
@@ -69,7 +70,10 @@ def _planned(source: Bundle, problem: Problem, limits: Budget, out: Path, *, ove
     old, base = source.plan(), source.base()
     about = {k: v for k, v in source.about.items() if k not in ("schema", "versions")}
     chooser = Chooser(
-        method_of(old), pricing_of(source), limits, lambda: (trace(base, old.input_shape), source.data())
+        measuring_method_of(old),
+        pricing_of(source),
+        limits,
+        lambda: (trace(base, old.input_shape), source.data()),
     )
     plan = chooser.plan(problem, old.base, old.base_sha256, old.input_shape, exact=False)
     bundle = Bundle.create(out, about, base, overwrite=overwrite)

@@ -206,3 +206,15 @@ def test_a_frontier_is_of_one_metric():
     good = Stage((1,), np.zeros((1, 2)), np.zeros(1), np.zeros((2, 1, 2)))
     with pytest.raises(InputError, match="milp"):
         pareto.frontier(Staged((good,), ("a", "b"), (1.0, 1.0), (0.0, 0.0)))
+
+
+@settings(max_examples=20)
+@given(problems(metrics=2, pairs=True))
+def test_the_best_few_are_the_best_few(problem):
+    gains = sorted(
+        (problem.gain(choice) for choice in everything(problem) if problem.fits(choice)), reverse=True
+    )
+    found = staged_milp.best(problem, 3) if gains else []
+    assert len({answer.choice for answer in found}) == len(found) == min(3, len(gains))
+    assert [answer.gain for answer in found] == pytest.approx(gains[:3], abs=1e-6)
+    assert all(problem.fits(answer.choice) for answer in found)

@@ -11,6 +11,7 @@ from tightrope.data.base import SPLITS, Data, Split
 from tightrope.data.folder import Folder, open_folder
 from tightrope.data.image import ImageSpec, read_image
 from tightrope.data.sources import ASSETS, cifar10, cifar100, embedded, fashion_mnist
+from tightrope.data.task import Task, parse_task, sample_sha256, view
 from tightrope.errors import InputError, near
 
 __all__ = [
@@ -22,9 +23,13 @@ __all__ = [
     "Folder",
     "ImageSpec",
     "Split",
+    "Task",
     "load",
     "located",
+    "parse_task",
     "read_image",
+    "sample_sha256",
+    "view",
 ]
 
 _SOURCES: dict[str, Callable[[Path | None, float | int | None, int], Arrays]] = {

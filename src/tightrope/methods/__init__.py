@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, fx, nn
 
-from tightrope.data import Data
+from tightrope.data import Data, Task
 from tightrope.errors import InputError, near
+from tightrope.forms import parse
 from tightrope.graph import Graph
 from tightrope.program import Op, Program
 from tightrope.shard import Shard
@@ -20,18 +22,46 @@ Progress = Callable[[str, int, int], None]  # what, done, of
 
 
 class CostModel(Protocol):
-    """What a runtime charges, per sample: one op taken alone, and every op of a program."""
+    """What a runtime charges, per sample: one op taken alone, every op of a program, and a whole program."""
 
     def price(self, op: Op) -> Cost: ...
 
     def prices(self, program: Program) -> dict[str, Cost]: ...
 
+    def exact(self, program: Program) -> Cost:
+        """What a run of one sample counts; runtimes whose engine is timed run it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A picture of an option: an (H, W) map cut into tiles; (0, 0) for a map that has no use for them."""
+
+    tile: tuple[int, int]
+    map: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A picture of an option: a function that stands for another one, both at `x`."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    original: tuple[float, ...]
+
 
 class Method(Protocol):
-    """A frozen dataclass: the configuration is the method."""
+    """A frozen dataclass: the configuration is the method. `runtime` prices its options by default, `noun` is
+    what it calls one: patch, polynomial."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def noun(self) -> str: ...
+
+    @property
+    def runtime(self) -> str: ...
 
     def measure(
         self,
@@ -53,6 +83,14 @@ class Method(Protocol):
 
     def choices(self, problem: Problem, picked: Mapping[str, Any]) -> dict[str, Json]:
         """Translate picked option indices per site, (G,) each, into what `rewrite` understands."""
+        ...
+
+    def options(self, choice: Json) -> tuple[str, ...]:
+        """The labels of the options that a site's choice stands for, one per group."""
+        ...
+
+    def picture(self, problem: Problem, site: str, label: str) -> Tiles | Curve:
+        """How the report draws an option of a site."""
         ...
 
     def controls(self, problem: Problem, budget: Budget) -> dict[str, Mapping[str, Any]]:
@@ -86,9 +124,133 @@ class Remeasures(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A table for people: what the method chose, in words of its own."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What a method found by training: `choices` and `tensors` rebuild the network; the rest is for people.
+
+    `predicted` and `baseline` count DReLUs too, which the bundle compares with the frozen network. `loss` is
+    what the method minimised and `accuracy` a share, both on validation images; nothing is proved about them.
+    `controls`: accuracies of what a user could do instead. `front`: other networks on the way, their costs
+    and `accuracy`, none beaten by another.
+    """
+
+    choices: Mapping[str, Json]
+    tensors: Mapping[str, Tensor]
+    predicted: Cost
+    baseline: Cost
+    loss: float
+    accuracy: float
+    controls: Mapping[str, float] = field(default_factory=dict)
+    front: Sequence[Mapping[str, float]] = ()
+    shown: tuple[Shown, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A method that finds its plan by training within the budget (masks, gates, a supernet) instead of
+    measuring a Problem. A frozen dataclass too.
+
+    `tunable`: whether `finetune` may train the rebuilt network further, or would undo what was learned.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def runtime(self) -> str:
+        """The runtime whose costs count when a user names none."""
+        ...
+
+    @property
+    def tunable(self) -> bool: ...
+
+    def learn(
+        self,
+        graph: Graph,
+        data: Data,
+        *,
+        task: Task | None,
+        budget: Budget,
+        cost: CostModel,
+        workdir: Path | None,
+        progress: Progress,
+        shard: Shard,
+    ) -> Learned:
+        """Train on `data`, whose labels `task` explains in the network's classes (None: they are these).
+
+        `workdir` is for files from which an interrupted call goes on; they are removed when it has finished.
+        Every process of `shard` returns the same. Raises BudgetError for a budget that cannot be met, before
+        any training where that can be known.
+        """
+        ...
+
+    def rebuild(
+        self, graph: Graph, choices: Mapping[str, Json], tensors: Mapping[str, Tensor]
+    ) -> fx.GraphModule:
+        """The network that `learn` found, from what it returned; `graph` is not changed.
+
+        Raises BundleError for choices or tensors that do not fit the network or each other.
+        """
+        ...
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """A method whose networks are trained in one form and frozen in another that computes the same."""
+
+    def finish(self, model: nn.Module, input_shape: tuple[int, ...], cost: CostModel) -> nn.Module:
+        """What is lowered in the place of `model`; `cost` says what it should be cheap in."""
+        ...
+
+
 METHODS: dict[str, str] = {
     "block_relu": "tightrope.methods.block_relu:BlockReluMethod",
+    "paf": "tightrope.methods.paf:PafMethod",
+    "reengineer": "tightrope.methods.reengineer:ReengineerMethod",
+    "seesaw": "tightrope.methods.seesaw:SeesawMethod",
 }
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Json]:
+    """NAME=VALUE: numbers, true, false and null as in JSON; any other value is a text."""
+    found: dict[str, Json] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not (name and equals):
+            raise InputError("a setting is NAME=VALUE", got=word)
+        try:
+            found[name] = parse(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+def configure(name: str, given: Mapping[str, Json]) -> Any:
+    """The method `name` with these settings. Raises InputError for an unknown one, or a value of its kind."""
+    cls = method_type(name)
+    known = {f.name: f.default for f in fields(cls)}
+    for key, value in given.items():
+        if key not in known:
+            raise InputError(f"{name} has no such setting", got=key, allowed=near(key, known))
+        default = known[key]
+        numbers = int if type(default) is int else (int, float)
+        kind = type(default) if isinstance(default, str | bool) else numbers
+        fits = isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
+        if not fits and not (value is None and default is None):
+            raise InputError(
+                f"{key} of {name} is of another kind", got=repr(value), allowed=f"as {default!r}"
+            )
+    return cls(**given)
 
 
 def method_type(name: str) -> Any:

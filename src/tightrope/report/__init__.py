@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tightrope.bundle import Bundle
-from tightrope.report import card, page
+from tightrope.report import card, learned, page
 from tightrope.report.facts import gather
 from tightrope.types import atomic_write
 
@@ -20,8 +20,11 @@ def write(bundle: Bundle) -> Path:
     Parts that the bundle lacks are named together with the command that makes them. Raises BundleError when
     there is no plan or no problem yet, or when a file is damaged; then nothing is written.
     """
-    facts = gather(bundle)
-    rendered = {"report.html": page.render(facts), "README.md": card.render(facts)}
+    if bundle.record():
+        rendered = learned.render(bundle)
+    else:
+        facts = gather(bundle)
+        rendered = {"report.html": page.render(facts), "README.md": card.render(facts)}
     for name, text in rendered.items():
         atomic_write(bundle.path / name, partial(_put, text.encode()))
     return bundle.path / "report.html"

@@ -89,7 +89,7 @@ class Pricing(Protocol):
 
 
 class Estimate(Protocol):
-    """What a batch will cost, by op and in all."""
+    """What a batch will cost, by op and in all; `about`: what else there is to know before, if anything."""
 
     @property
     def ops(self) -> Mapping[str, Cost]: ...
@@ -97,11 +97,16 @@ class Estimate(Protocol):
     @property
     def total(self) -> Cost: ...
 
+    @property
+    def about(self) -> str: ...
+
 
 RUNTIMES: dict[str, str] = {
     "plain": "tightrope.runtimes.plain:Plain",
     "mpc": "tightrope.runtimes.mpc:MPC",
     "ckks": "tightrope.runtimes.ckks:CKKS",
+    "onnx": "tightrope.runtimes.onnx:Onnx",
+    "openvino": "tightrope.runtimes.openvino:OpenVino",
 }
 
 

@@ -4,23 +4,26 @@ z[s, b, c] says that block b of stage s is there with option c, beta[s, d] that 
 
     sum_d beta[s, d] = 1,   sum_c z[s, b, c] = sum_{d reaching b} beta[s, d],   costs . z <= limits
 
-so that products of z and beta within a stage disappear. Pair terms z_i beta_j become variables w_ij >= 0
-with sum over the depths of a stage = z_i and sum over the options of a block <= beta_j (= within its own
-stage, and for blocks that are always there): a reformulation-linearisation, exact at whole z and beta.
+so that products of z and beta within a stage disappear. Pair terms z_i beta_j become variables w_ij >= 0, by
+the reformulation-linearisation of Sherali and Adams (1990), exact at whole z and beta: every row above is
+also taken times every beta_j, the limits too (costs . w_j <= limits beta_j), which needs variables for
+products of depths of two stages as well.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from tightrope.errors import TightropeError
+from tightrope.errors import BudgetError, TightropeError
 from tightrope.solve.staged import Answer, Choice, Staged, answer, together
 from tightrope.types import FloatArray
 
@@ -28,14 +31,14 @@ _ROUNDS = 20  # HiGHS keeps rows to 1e-6 only; as often its limits are drawn in
 _SCALE = 1e3  # of a cost row, so that 1e-6 is small beside it
 
 
-def solve(problem: Staged, *, seconds: float = 60.0) -> Answer:
-    """The choice of most gain within all limits, and a bound on every other one's.
+def solve(problem: Staged, *, seconds: float = 60.0, excluded: Collection[Choice] = ()) -> Answer:
+    """The choice of most gain within all limits, and a bound on every other's; none of `excluded` counts.
 
     `seconds`: when to stop and return the best so far. Raises BudgetError when no choice fits (a single
     limit's smallest feasible value is named), and TightropeError when none was found in time.
     """
     problem.check_feasible()
-    model = _Model(problem)
+    model = _Model(problem, excluded)
     limits, bound = list(problem.limits), math.inf
     for _ in range(_ROUNDS):
         result = model.run(limits, seconds)
@@ -53,10 +56,22 @@ def solve(problem: Staged, *, seconds: float = 60.0) -> Answer:
                 # a choice over its limit by a rounding: draw the row in until it is cut off
                 limits[m] = min(limits[m], limit) - 2 * max(float(cost - Fraction(limit)), 1e-9 * abs(limit))
     single = [problem.cheapest(m) for m in range(len(problem.metrics))]
-    fallback = next((choice for choice in single if problem.fits(choice)), None)
+    fallback = next((choice for choice in single if problem.fits(choice) and choice not in excluded), None)
     if fallback is None:
         raise together(problem)
     return answer(problem, fallback, bound)
+
+
+def best(problem: Staged, count: int, *, found: Sequence[Choice] = (), seconds: float = 60.0) -> list[Answer]:
+    """Up to `count` choices of most gain within all limits, apart from those `found` already, best first."""
+    answers: list[Answer] = []
+    while len(answers) < count:
+        try:
+            known = [*found, *(one.choice for one in answers)]
+            answers.append(solve(problem, seconds=seconds, excluded=known))
+        except BudgetError:  # there are no more
+            break
+    return answers
 
 
 @dataclass
@@ -80,7 +95,7 @@ class _Rows:
 class _Model:
     """Columns: all z, all beta, then all w (z by beta) where there are pair terms."""
 
-    def __init__(self, problem: Staged) -> None:
+    def __init__(self, problem: Staged, excluded: Collection[Choice]) -> None:
         self.problem = problem
         K, Z = problem.options, problem.blocks * problem.options
         self.depths = sum(len(stage.depths) for stage in problem.stages)
@@ -88,16 +103,17 @@ class _Model:
         self.objective = np.concatenate(
             [stage.gain.ravel() for stage in problem.stages] + [stage.depth_gain for stage in problem.stages]
         )
-        if problem.pair is not None:
-            self.objective = np.concatenate([self.objective, problem.pair.ravel()])
         rows = _Rows()
         for stage, (b0, d0) in zip(problem.stages, problem.first, strict=True):
             rows.add({Z + d0 + d: 1.0 for d in range(len(stage.depths))}, 1, 1)
             for b in range(stage.depths[-1]):
                 options = {(b0 + b) * K + k: 1.0 for k in range(K)}
                 rows.add(options | {Z + d0 + d: -1.0 for d, n in enumerate(stage.depths) if n > b}, 0, 0)
+        for choice in excluded:
+            self._exclude(rows, choice)
+        products = 0 if problem.pair is None else self._pairs(rows, Z)
         if problem.pair is not None:
-            self._pairs(rows, Z)
+            self.objective = np.concatenate([self.objective, problem.pair.ravel(), np.zeros(products)])
         self.columns = len(self.objective)
         matrix = sparse.csr_array((rows.data, rows.columns, rows.starts), shape=(len(rows.low), self.columns))
         self.rows = LinearConstraint(matrix, rows.low, rows.high)
@@ -106,35 +122,81 @@ class _Model:
             self.cost[m, :Z] = np.concatenate([stage.cost[m].ravel() for stage in problem.stages])
         self.whole = (np.arange(self.columns) < N).astype(np.int64)
 
-    def _pairs(self, rows: _Rows, Z: int) -> None:
+    def _exclude(self, rows: _Rows, choice: Choice) -> None:
+        """At least one depth or option is another one."""
+        problem, K, Z = self.problem, self.problem.options, self.problem.blocks * self.problem.options
+        taken = {}
+        for stage, options, (b0, d0) in zip(problem.stages, choice, problem.first, strict=True):
+            taken[Z + d0 + stage.depths.index(len(options))] = 1.0
+            taken |= {(b0 + b) * K + k: 1.0 for b, k in enumerate(options)}
+        rows.add(taken, -np.inf, len(taken) - 1)
+
+    def _pairs(self, rows: _Rows, Z: int) -> int:
+        """Rows of the products; how many variables of two depths there are, the last columns."""
         problem, K, D = self.problem, self.problem.options, self.depths
         start = Z + D
+        both = self._two_depths(rows, Z)
         for stage, (b0, d0) in zip(problem.stages, problem.first, strict=True):
             for b in range(stage.depths[-1]):
+                reaching = [d0 + d for d, n in enumerate(stage.depths) if n > b]
                 for other, (_, e0) in zip(problem.stages, problem.first, strict=True):
                     depths = range(e0, e0 + len(other.depths))
                     for k in range(K):
                         i = (b0 + b) * K + k
-                        rows.add({start + i * D + d: 1.0 for d in depths} | {i: -1.0}, 0, 0)
-                    for d in depths:
-                        here = d0 <= d < d0 + len(stage.depths)
-                        reached = not here or stage.depths[d - d0] > b
-                        always = b < stage.depths[0] or here
-                        column = {Z + d: -1.0} if reached else {}
-                        sums = {start + ((b0 + b) * K + k) * D + d: 1.0 for k in range(K)}
-                        rows.add(sums | column, 0 if always else -np.inf, 0)
+                        rows.add({start + i * D + e: 1.0 for e in depths} | {i: -1.0}, 0, 0)
+                    for e in depths:
+                        sums = {start + ((b0 + b) * K + k) * D + e: 1.0 for k in range(K)}
+                        if e0 == d0:
+                            there = {Z + e: -1.0} if e in reaching else {}
+                        else:
+                            there = {both[d, e]: -1.0 for d in reaching}
+                        rows.add(sums | there, 0, 0)
+        return len(set(both.values()))
+
+    def _two_depths(self, rows: _Rows, Z: int) -> dict[tuple[int, int], int]:
+        """The column of the product of two depths of different stages, in either order."""
+        problem = self.problem
+        spans = [
+            range(d0, d0 + len(s.depths)) for s, (_, d0) in zip(problem.stages, problem.first, strict=True)
+        ]
+        found: dict[tuple[int, int], int] = {}
+        column = Z + self.depths + Z * self.depths
+        for t, later in enumerate(spans):
+            for earlier in spans[:t]:
+                for d, e in product(earlier, later):
+                    found[d, e] = found[e, d] = column
+                    column += 1
+                for one, other in ((earlier, later), (later, earlier)):
+                    for d in one:
+                        rows.add({found[d, e]: 1.0 for e in other} | {Z + d: -1.0}, 0, 0)
+        return found
+
+    def _limits(self, room: FloatArray, scale: FloatArray) -> tuple[Any, FloatArray]:
+        """Costs . z - room <= 0, and the same times every depth where there are products."""
+        Z, D = self.problem.blocks * self.problem.options, self.depths
+        whole = sparse.csr_array(self.cost * scale[:, None])
+        if self.problem.pair is None:
+            return whole, room * scale
+        parts, highs = [whole], [room * scale]
+        for m in np.flatnonzero(np.isfinite(room) & (room > 0)):
+            times = sparse.kron(sparse.csr_array(self.cost[m : m + 1, :Z] * scale[m]), sparse.eye_array(D))
+            empty, rest = sparse.csr_array((D, Z)), sparse.csr_array((D, self.columns - Z - D - Z * D))
+            depths = sparse.eye_array(D) * (-room[m] * scale[m])
+            parts.append(sparse.hstack([empty, depths, times, rest]).tocsr())
+            highs.append(np.zeros(D))
+        return sparse.vstack(parts).tocsr(), np.concatenate(highs)
 
     def run(self, limits: list[float], seconds: float) -> Any:
         """HiGHS on the model with these limits."""
         room = np.array(limits) - np.array(self.problem.base_cost)
         with np.errstate(divide="ignore", invalid="ignore"):
             scale = np.where(np.isfinite(room) & (room > 0), _SCALE / room, 1.0)
-        budget = LinearConstraint(sparse.csr_array(self.cost * scale[:, None]), -np.inf, room * scale)
+        matrix, high = self._limits(room, scale)
         return milp(
             -self.objective,
             integrality=self.whole,
             bounds=Bounds(0, 1),
-            constraints=[self.rows, budget],
+            constraints=[self.rows, LinearConstraint(matrix, -np.inf, high)],
             options={"time_limit": seconds, "mip_rel_gap": 0},
         )
 

@@ -1,0 +1,99 @@
+"""What a user could do without a mask search: the donor itself, a new head, fine-tuning, other prunings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tightrope.data import Data
+from tightrope.methods.reengineer.search import STRIDE, Search, Settings
+from tightrope.nn.group_max import GroupMax
+from tightrope.nn.masked import Bits, Masked
+
+Groups = Sequence[Sequence[int]]
+SNIP_BATCHES = 4
+TUNE_LR, TUNE_MOMENTUM, TUNE_DECAY = 0.005, 0.9, 1e-4
+
+
+def donor_accuracy(
+    model: nn.Module, data: Data, groups: Groups, split: str = "validation"
+) -> dict[str, float]:
+    """`restricted`: the donor chooses among the task's labels. `unrestricted`: an answer outside is wrong."""
+    hits = {"restricted": 0, "unrestricted": 0}
+    label_of = {k: label for label, group in enumerate(groups) for k in group}
+    within, seen = GroupMax(groups), 0
+    with torch.no_grad():
+        for x, y in data.batches(split, 500):  # type: ignore[arg-type]
+            outputs = model(x)
+            free = torch.tensor([label_of.get(int(k), -1) for k in outputs.argmax(1)])
+            hits["restricted"] += int((within(outputs).argmax(1) == y).sum())
+            hits["unrestricted"] += int((free == y).sum())
+            seen += len(y)
+    return {name: count / seen for name, count in hits.items()}
+
+
+def magnitude(masked: Masked, keep: int) -> Bits:
+    """Masks of the `keep` largest weights of the whole network."""
+    parameters = dict(masked.model.named_parameters())
+    return _largest({name: parameters[name].detach().abs() for name in masked.names}, keep)
+
+
+def snip(masked: Masked, search: Search, keep: int) -> Bits:
+    """Masks of the `keep` weights with the largest |w dL/dw| (Lee et al. 2019) on a few training batches."""
+    ones = {name: torch.ones_like(masked.model.get_parameter(name)) for name in masked.names}
+    leaves = {name: bits.requires_grad_() for name, bits in ones.items()}
+    batches = search.data.batches(
+        "train", 64, shuffle=True, seed=search.settings.seed, limit=64 * SNIP_BATCHES
+    )
+    for x, y in batches:
+        torch.autograd.backward(F.cross_entropy(masked(x, masked.effective(leaves)), y))
+    return _largest({name: leaf.grad.abs() for name, leaf in leaves.items() if leaf.grad is not None}, keep)
+
+
+def _largest(values: dict[str, Tensor], keep: int) -> Bits:
+    flat = torch.cat([v.flatten() for v in values.values()])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[flat.topk(min(keep, len(flat))).indices] = True
+    parts = torch.split(chosen, [v.numel() for v in values.values()])
+    return {name: part.view_as(values[name]) for name, part in zip(values, parts, strict=True)}
+
+
+def fine_tuned(model: nn.Module, data: Data, settings: Settings, epochs: int) -> nn.Module:
+    """A copy with every weight trained on the task: nothing is saved, and nothing of the donor stays."""
+    net = copy.deepcopy(model).requires_grad_().eval()  # the donor's statistics, as everywhere here
+    optimizer = torch.optim.SGD(net.parameters(), TUNE_LR, TUNE_MOMENTUM, weight_decay=TUNE_DECAY)
+    for epoch in range(epochs):
+        for x, y in data.batches(
+            "train", settings.batch_size, shuffle=True, seed=settings.seed * STRIDE + epoch,
+            augment=settings.augment,
+        ):  # fmt: skip
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(net(x), y))
+            optimizer.step()
+    return net.requires_grad_(False)
+
+
+def controls(
+    fresh: Callable[[], Search], keep: int, epochs: int, score: Callable[[nn.Module], float]
+) -> dict[str, float]:
+    """Accuracies with the same head: `head_only` keeps every weight, `magnitude` and `snip` keep `keep`, and
+    `fine_tuned` trains all of them. `fresh` gives a search whose head is at its start; masks are per weight.
+    """
+    found = {}
+    kinds: dict[str, Callable[[Search], Bits]] = {
+        "head_only": lambda s: {},
+        "magnitude": lambda s: magnitude(s.masked, keep),
+        "snip": lambda s: snip(s.masked, s, keep),
+    }
+    for name, masks in kinds.items():
+        search = fresh()
+        bits = masks(search)
+        search.fit_head(bits, epochs)
+        found[name] = search.accuracy(bits)
+    search = fresh()
+    found["fine_tuned"] = score(fine_tuned(search.headed.model, search.data, search.settings, epochs))
+    return found

@@ -1,0 +1,332 @@
+"""Keep only the weights or channels that a task needs (Qi et al., SeaM, ICSE 2023, arXiv 2304.00245)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from tightrope.data import Data, Task
+from tightrope.errors import BudgetError, BundleError, InputError
+from tightrope.graph import Graph, trace
+from tightrope.lower import lower
+from tightrope.methods import CostModel, Learned, Progress, Shown
+from tightrope.methods.reengineer.channels import find_channels
+from tightrope.methods.reengineer.compact import compact
+from tightrope.methods.reengineer.controls import controls, donor_accuracy
+from tightrope.methods.reengineer.counting import layers, positions, weights
+from tightrope.methods.reengineer.heads import HEADS, Headed, HeadKind, attach
+from tightrope.methods.reengineer.projection import METRICS, fits
+from tightrope.methods.reengineer.search import Clock, Search, Settings, State
+from tightrope.methods.reengineer.selection import front
+from tightrope.nn.group_max import GroupMax
+from tightrope.nn.masked import CHANNELS, GRANULARITIES, Bits, Channels, Granularity, Masked
+from tightrope.program import base_cost
+from tightrope.shard import Shard
+from tightrope.types import Budget, Cost, Json, total
+
+Mode = Literal["dual", "reference"]
+SINGLE = Shard()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReengineerMethod:
+    """Configuration and method in one.
+
+    `mode`: `dual` takes the most accurate epoch within the budget; `reference` is SeaM as published: the
+    fewest weights at no less accuracy than the donor restricted to the task, under a penalty `alpha` on the
+    share kept; the budget is then only checked. SeaM's own settings: `mode="reference"`,
+    `granularity="weight"`, `head="relu_linear"`, `lr_mask=0.05`, `lr_head=0.1`, `epochs=300`.
+    `granularity`: mask single `weight`s, whole `channel`s, or both (`hybrid`).
+    `head`: see `heads.attach`. `floor`: accuracy in [0, 1] that the result may lose at most against the
+    restricted donor, on validation images; None for no floor. `distill`: weight of the donor's restricted
+    outputs. `patience`: epochs, of the reference mode. `controls`: measure what a user could do instead.
+    """
+
+    mode: Mode = "dual"
+    granularity: Granularity = "weight"
+    head: HeadKind = "linear"
+    epochs: int = 20
+    batch_size: int = 64
+    lr_mask: float = 0.01
+    lr_head: float = 0.01
+    alpha: float = 1.0
+    floor: float | None = None
+    distill: float = 0.0
+    patience: int | None = None
+    augment: bool = False
+    controls: bool = True
+    seed: int = 0
+
+    name: ClassVar[str] = "reengineer"
+    runtime: ClassVar[str] = "plain"
+    tunable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        words = (("mode", ("dual", "reference")), ("granularity", GRANULARITIES), ("head", HEADS))
+        for key, allowed in words:
+            if getattr(self, key) not in allowed:
+                raise InputError(f"unknown choice for {key}", got=getattr(self, key), allowed=allowed)
+        for key in ("epochs", "batch_size", "patience"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise InputError(f"{key} must be positive", got=getattr(self, key))
+        for key in ("lr_mask", "lr_head"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise InputError(f"{key} must be positive", got=getattr(self, key))
+        for key in ("alpha", "distill", "seed"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise InputError(f"{key} must not be negative", got=getattr(self, key))
+        if self.floor is not None and not 0 <= self.floor <= 1:
+            raise InputError("floor is a share of the images", got=self.floor, allowed="0 to 1")
+
+    def learn(
+        self,
+        graph: Graph,
+        data: Data,
+        *,
+        task: Task | None,
+        budget: Budget,
+        cost: CostModel,
+        workdir: Path | None = None,
+        progress: Progress = lambda *_: None,
+        shard: Shard = SINGLE,
+    ) -> Learned:
+        """Search masks and a head. Raises BudgetError for a budget in another quantity, below the head alone,
+        or missed; InputError for a task that the settings do not fit.
+        """
+        groups = tuple((k,) for k in range(len(data.classes))) if task is None else task.groups
+        if (self.distill or self.floor is not None or self.mode == "reference") and not groups:
+            raise InputError(
+                "new images have no donor to be compared with",
+                got=f"mode={self.mode}, distill={self.distill:g}, floor={self.floor}",
+                fix="mode=dual without distill and floor",
+            )
+        start = self._start(graph, len(data.classes), groups, data, progress)
+        search = start()
+        masked, head = search.masked, search.head
+        baseline = self._baseline(graph, budget, cost)
+        own = {"weights": sum(p.numel() for p in head.parameters()), "macs": head.weight.numel()}
+        limits = self._limits(budget, baseline, own)
+        donor = donor_accuracy(graph.module, data, groups) if groups else {}
+
+        def plain(state: State) -> fx.GraphModule:
+            return _plain(search.headed, masked, state.bits, state.head, graph.input_shape)
+
+        def ms(state: State) -> float:
+            return cost.exact(lower(plain(state), graph.input_shape)).online_ms
+
+        clock = Clock(limits["online_ms"], baseline.online_ms, ms) if "online_ms" in limits else None
+        counted = {metric: limits[metric] for metric in METRICS if metric in limits}
+        if self.mode == "reference":
+            state = search.reference(self.alpha, donor["restricted"], self.patience)
+            feasible = fits(masked, state.bits, counted) and (clock is None or ms(state) <= clock.limit)
+        else:
+            state, feasible = search.dual(counted, clock)
+        points = [
+            {k: p[k] + own.get(k, 0) for k in ("weights", "macs")} | {"accuracy": p["accuracy"]}
+            for p in search.history
+        ]
+        if not feasible:
+            raise _missed(f"{state.weights:,} weights, {state.macs:,} macs in the end", str(budget), points)
+        if self.floor is not None and state.accuracy < donor["restricted"] - self.floor:
+            wanted = f"{donor['restricted'] - self.floor:.4f} (the donor's {donor['restricted']:.4f})"
+            raise _missed(f"accuracy {state.accuracy:.4f}", wanted, points)
+        program = lower(plain(state), graph.input_shape)
+        spent = total(base_cost(op) for op in program.ops)
+        others = dict(donor)
+        if self.controls:
+            others |= controls(start, state.weights, max(1, self.epochs // 5), _scorer(data))
+        kept = state.weights / masked.total
+        return Learned(
+            choices=_choices(masked, state.bits),
+            tensors=_pack(state.bits) | {f"head.{k}": v for k, v in state.head.items()},
+            predicted=Cost(
+                weights=state.weights + own["weights"],
+                macs=spent.macs,
+                drelus=spent.drelus,
+                online_ms=0.0 if clock is None else ms(state),
+            ),
+            baseline=baseline,
+            loss=1 - state.accuracy,
+            notes=(
+                f"{kept:.2%} of the {masked.total:,} weights that could be masked are kept, "
+                f"and a head of {own['weights']:,}",
+                f"storage: 1 bit a mask, {sum(-(-b.numel() // 8) for b in state.bits.values()):,} bytes",
+                *(_STORAGE if self.granularity == "weight" else ()),
+            ),
+            accuracy=state.accuracy,
+            controls=others,
+            front=front(points),
+            shown=(_shown(masked, state.bits),),
+        )
+
+    def rebuild(
+        self, graph: Graph, choices: Mapping[str, Json], tensors: Mapping[str, Tensor]
+    ) -> fx.GraphModule:
+        """The plain, smaller network. Raises BundleError for masks that do not fit it."""
+        head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+        if set(head) != {"weight", "bias"}:
+            raise BundleError("the masks' head is missing", got=", ".join(sorted(tensors)))
+        kind: HeadKind = "relu_linear" if self.head == "relu_linear" else "linear"
+        headed = attach(graph, kind, len(head["weight"]), (), self.seed)
+        masked = self._masked(headed, graph.input_shape)
+        bits = _unpack(masked, tensors)
+        if _choices(masked, bits) != choices:
+            raise BundleError("the masks and the plan do not belong together: one of them was changed")
+        layer = headed.model.get_submodule(headed.name)
+        if layer.weight.shape != head["weight"].shape:
+            raise BundleError("the masks' head does not fit the network", got=tuple(head["weight"].shape))
+        return _plain(headed, masked, bits, head, graph.input_shape)
+
+    def _start(
+        self, graph: Graph, labels: int, groups: tuple[tuple[int, ...], ...], data: Data, progress: Progress
+    ) -> Callable[[], Search]:
+        settings = Settings(
+            epochs=self.epochs, batch_size=self.batch_size, lr_mask=self.lr_mask, lr_head=self.lr_head,
+            distill=self.distill, augment=self.augment, seed=self.seed,
+        )  # fmt: skip
+        channels: list[Channels] = []
+
+        def start() -> Search:
+            headed = attach(graph, self.head, labels, groups, self.seed)
+            headed.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
+            masked = self._masked(headed, graph.input_shape, *channels)
+            channels[:] = [masked.channels]
+            for module in headed.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.train()  # as published; everything else keeps its statistics
+            teacher = nn.Sequential(graph.module, GroupMax(groups)) if groups else None
+            return Search(masked, headed, data, settings, progress, teacher)
+
+        return start
+
+    def _masked(self, headed: Headed, input_shape: tuple[int, ...], *known: Channels) -> Masked:
+        model = headed.model.requires_grad_(False)
+        model.get_submodule(headed.name).requires_grad_(headed.trained)
+        names = tuple(
+            f"{name}.{part}"
+            for name, layer in layers(model).items()
+            if name != headed.name
+            for part, _ in layer.named_parameters()
+        )
+        channels = Channels()
+        if self.granularity != "weight":
+            channels = known[0] if known else find_channels(model, input_shape)
+        used = positions(trace(model, input_shape))
+        return Masked.start(model, names, channels, self.granularity, used)
+
+    def _baseline(self, graph: Graph, budget: Budget, cost: CostModel) -> Cost:
+        """Raises BudgetError for a limit on time where the runtime has none."""
+        program = lower(graph.module, graph.input_shape)
+        spent = total(base_cost(op) for op in program.ops)
+        timed = any(limit.metric == "online_ms" for limit in budget.limits)
+        ms = cost.exact(program).online_ms if timed else 0.0
+        if timed and not ms:
+            raise BudgetError("this runtime has no times", got=str(budget), fix="--runtime onnx")
+        return Cost(weights=weights(graph.module), macs=spent.macs, drelus=spent.drelus, online_ms=ms)
+
+    def _limits(self, budget: Budget, baseline: Cost, head: Mapping[str, int]) -> dict[str, float]:
+        """What the masks may leave, the head's own share taken off."""
+        limits = {}
+        for metric, limit in budget.resolve(baseline).items():
+            if metric not in (*METRICS, "online_ms"):
+                raise BudgetError(
+                    "reengineer does not limit this quantity",
+                    got=metric,
+                    allowed="weights, macs, latency_ms",
+                    fix="--budget 'weights<=0.1x'",
+                )
+            if metric != "weights" and self.granularity == "weight":
+                raise BudgetError(
+                    "masks of single weights save storage, neither multiplications nor time",
+                    got=f"{budget}; dense kernels multiply zeros",
+                    fix="--set granularity=channel, or hybrid",
+                )
+            if limit <= head.get(metric, 0):
+                raise BudgetError(
+                    "the budget is below the head alone",
+                    got=f"{budget}: {limit:,.15g} {metric}",
+                    allowed=f"more than {head.get(metric, 0):,}",
+                )
+            limits[metric] = limit - head.get(metric, 0)
+        return limits
+
+
+_STORAGE = ("masks of single weights save storage, not time: dense kernels multiply zeros",)
+
+
+def _missed(got: str, allowed: str, points: list[dict[str, float]]) -> BudgetError:
+    best = "; ".join(f"{p['weights']:,.0f} weights at {p['accuracy']:.2%}" for p in front(points)[:6])
+    return BudgetError(
+        "the search found no network within the limits",
+        got=got,
+        allowed=f"{allowed}\n  found:   {best}",
+        fix="a larger budget, more epochs, or a lower floor",
+    )
+
+
+def _scorer(data: Data) -> Callable[[nn.Module], float]:
+    def score(model: nn.Module) -> float:
+        hits, seen = 0, 0
+        with torch.no_grad():
+            for x, y in data.batches("validation", 500):
+                hits += int((model(x).argmax(1) == y).sum())
+                seen += len(y)
+        return hits / seen
+
+    return score
+
+
+def _plain(
+    headed: Headed, masked: Masked, bits: Bits, head: Mapping[str, Tensor], input_shape: tuple[int, ...]
+) -> fx.GraphModule:
+    """Masks multiplied in, then everything removed that has become idle."""
+    model = copy.deepcopy(headed.model)
+    with torch.no_grad():
+        model.load_state_dict(masked.effective(bits), strict=False)
+        model.get_submodule(headed.name).load_state_dict(dict(head))
+    channels = masked.channels if masked.granularity != "weight" else None
+    return compact(trace(model.requires_grad_(), input_shape), channels=channels)
+
+
+def _choices(masked: Masked, bits: Bits) -> dict[str, Json]:
+    """{layer: weights kept of weights}; with `channels`, how many units of them."""
+    found = {name: {"kept": kept, "of": of} for name, (kept, of) in masked.by_layer(bits).items()}
+    if CHANNELS in bits:
+        found[CHANNELS] = {"kept": int(bits[CHANNELS].sum()), "of": bits[CHANNELS].numel()}
+    return found
+
+
+def _shown(masked: Masked, bits: Bits) -> Shown:
+    rows = tuple(
+        (name, f"{c['of']:,}", f"{c['kept']:,}", f"{c['kept'] / max(c['of'], 1):.1%}")
+        for name, c in _choices(masked, bits).items()
+    )
+    return Shown(
+        title="What is kept of every layer", columns=("layer", "weights", "kept", "share"), rows=rows
+    )
+
+
+def _pack(bits: Bits) -> dict[str, Tensor]:
+    """8 masks a byte."""
+    return {
+        f"mask.{name}": torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in bits.items()
+    }
+
+
+def _unpack(masked: Masked, tensors: Mapping[str, Tensor]) -> Bits:
+    bits = {}
+    for name, score in masked.scores.items():
+        packed = tensors.get(f"mask.{name}")
+        if packed is None or packed.dtype != torch.uint8 or packed.numel() != -(-score.numel() // 8):
+            raise BundleError("the masks do not fit the network", where=name)
+        flat = np.unpackbits(packed.numpy(), count=score.numel())
+        bits[name] = torch.from_numpy(flat.astype(bool)).view(score.shape)
+    return bits

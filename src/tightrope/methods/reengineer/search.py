@@ -1,0 +1,235 @@
+"""Learn which weights a task needs: the loop over epochs, one step, and what each epoch is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tightrope.data import Data
+from tightrope.errors import InputError
+from tightrope.methods import Progress
+from tightrope.methods.reengineer.heads import Headed
+from tightrope.methods.reengineer.projection import fits, found, project
+from tightrope.methods.reengineer.selection import Best, Fewest
+from tightrope.nn.masked import Bits, Masked
+
+CYCLE = 5  # epochs; the first of each cycle trains the head alone (SeaM)
+STRIDE = 1_000_003  # between seeds: neighbouring ones share no epoch's order
+TIGHTENED = 0.6  # share of the search after which limits have their values
+SLACK = 0.97  # of a time: measurements differ
+EVERY = 4  # steps between cuts
+ORDER_BATCHES = 8
+Teacher = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What both ways to search share; see `ReengineerMethod`."""
+
+    epochs: int
+    batch_size: int
+    lr_mask: float
+    lr_head: float
+    distill: float
+    augment: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class State:
+    """An epoch's result: masks and the head's weights, copies both."""
+
+    bits: Bits
+    head: dict[str, Tensor]
+    accuracy: float
+    weights: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A limit on measured time: `measure` gives the milliseconds of one image, `whole` the donor's."""
+
+    limit: float
+    whole: float
+    measure: Callable[[State], float]
+
+
+@dataclass
+class Search:
+    """Masks under training. `weights` and `macs` of the head are counted on top of what masks leave."""
+
+    masked: Masked
+    headed: Headed
+    data: Data
+    settings: Settings
+    progress: Progress
+    teacher: Teacher | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def head(self) -> nn.Linear:
+        layer = self.headed.model.get_submodule(self.headed.name)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def reference(self, alpha: float, floor: float, patience: int | None) -> State:
+        """SeaM: cross-entropy plus `alpha` times the share kept; the fewest weights at `floor` accuracy."""
+        rule: Fewest[State] = Fewest(floor, patience)
+
+        def penalty(bits: Bits) -> Tensor:
+            return alpha * self.masked.kept(bits)[0] / self.masked.total
+
+        for epoch in range(self.settings.epochs):
+            self._epoch(epoch, penalty)
+            state = self._judge(epoch)
+            if not rule.offer(state.accuracy, state.weights / self.masked.total, lambda s=state: s):  # type: ignore[misc]
+                break
+        assert rule.result is not None
+        return rule.result
+
+    def dual(self, limits: Mapping[str, float], clock: Clock | None = None) -> tuple[State, bool]:
+        """The most accurate epoch within the limits, and whether there is one; if not, the last epoch.
+
+        `limits`: `weights` and `macs` that masks may leave, head excluded; `clock`: on time.
+
+        Scores start in the order of how much the loss feels each mask. The limits tighten from the whole
+        network to their values over the first part of the search, and are held from there on, so that the
+        result has been trained after the last cut; see `project`. Learning rates fall to zero like a cosine.
+        Time follows multiplications, not in proportion: after every epoch it is measured, and the limit on
+        multiplications corrected.
+        """
+        self._order_scores()
+        whole = found(self.masked, self.masked.snapshot())
+        per_epoch = math.ceil(self.data.size("train") / self.settings.batch_size)
+        steps = per_epoch * self.settings.epochs
+        optimizers = [o for o in self._optimizers() if o is not None]
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        rule: Best[State] = Best()
+        done = 0
+        now = dict(limits)
+        if clock is not None:
+            now["macs"] = min(now.get("macs", math.inf), whole["macs"] * clock.limit / clock.whole)
+
+        def after() -> None:
+            nonlocal done
+            done += 1
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done / steps)) / 2
+            if done % EVERY == 0 or done % per_epoch == 0:
+                tightened = min(1.0, done / (TIGHTENED * steps))
+                project(self.masked, {m: whole[m] * (v / whole[m]) ** tightened for m, v in now.items()})
+
+        for epoch in range(self.settings.epochs):
+            self._run(epoch, optimizers, None, None, after)
+            state = self._judge(epoch)
+            feasible = fits(self.masked, state.bits, limits)
+            if clock is not None:
+                ms = clock.measure(state)
+                feasible = feasible and ms <= clock.limit
+                corrected = SLACK * state.macs * clock.limit / ms
+                held = done >= TIGHTENED * steps  # from here on the limit does not grow again
+                now["macs"] = min(corrected, limits.get("macs", math.inf), now["macs"] if held else math.inf)
+            rule.offer(state.accuracy, feasible, lambda s=state: s)  # type: ignore[misc]
+        return (state, False) if rule.best is None else (rule.best, True)
+
+    def _order_scores(self) -> None:
+        """Scores from just above 0 to 1 by |dL/d mask| on a few batches (Lee et al. 2019, SNIP)."""
+        ones = {name: torch.ones_like(score).requires_grad_() for name, score in self.masked.scores.items()}
+        few = self.data.batches("train", 64, shuffle=True, seed=self.settings.seed, limit=64 * ORDER_BATCHES)
+        for x, y in few:
+            loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
+            torch.autograd.backward(loss)
+        with torch.no_grad():
+            for name, one in ones.items():
+                felt = torch.zeros_like(one) if one.grad is None else one.grad.abs()
+                order = felt.flatten().argsort(stable=True).argsort()
+                self.masked.scores[name].copy_(((order + 1) / len(order)).view_as(one))
+        self.head.zero_grad()
+
+    def fit_head(self, bits: Bits, epochs: int, start: int = 0) -> None:
+        """Train the head alone on fixed masks; a head that does not learn stays."""
+        if not self.headed.trained:
+            return
+        optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.lr_head)
+        for epoch in range(start, start + epochs):
+            self._run(epoch, [optimizer], bits, None)
+
+    def accuracy(self, bits: Bits, split: str = "validation") -> float:
+        """Share of a split's images that the masked network labels right."""
+        hits, seen = 0, 0
+        with torch.no_grad():
+            parameters = self.masked.effective(bits)
+            for x, y in self.data.batches(split, 500):  # type: ignore[arg-type]
+                hits += int((self.masked(x, parameters).argmax(1) == y).sum())
+                seen += len(y)
+        return hits / seen
+
+    def _epoch(self, epoch: int, penalty: Callable[[Bits], Tensor]) -> None:
+        """Adam for the head; in four epochs of five, or without a head to train, another for the masks."""
+        if epoch == 0:
+            self.optimizers = self._optimizers()
+        head, masks = self.optimizers
+        joint = epoch % CYCLE > 0 or not self.headed.trained
+        optimizers = ([head] if head is not None else []) + ([masks] if joint else [])
+        self._run(epoch, optimizers, None if joint else self.masked.snapshot(), penalty)
+
+    def _optimizers(self) -> tuple[torch.optim.Optimizer | None, torch.optim.Optimizer]:
+        settings = self.settings
+        head = None
+        if self.headed.trained:
+            head = torch.optim.Adam(self.head.parameters(), lr=settings.lr_head)
+        return head, torch.optim.Adam(list(self.masked.scores.values()), lr=settings.lr_mask)
+
+    def _run(
+        self,
+        epoch: int,
+        optimizers: list[torch.optim.Optimizer],
+        fixed: Bits | None,
+        penalty: Callable[[Bits], Tensor] | None,
+        after: Callable[[], object] = lambda: None,
+    ) -> None:
+        """One epoch; `after` is called after every step."""
+        for x, y in self._batches(epoch):
+            bits = self.masked.bits() if fixed is None else fixed
+            outputs = self.masked(x, self.masked.effective(bits))
+            loss = F.cross_entropy(outputs, y)
+            if self.teacher is not None and self.settings.distill:
+                with torch.no_grad():
+                    soft = self.teacher(x).log_softmax(1)
+                divergence = F.kl_div(outputs.log_softmax(1), soft, log_target=True, reduction="batchmean")
+                loss = loss + self.settings.distill * divergence
+            if fixed is None and penalty is not None:
+                loss = loss + penalty(self.masked.bits())  # bits of its own: each gradient is clipped alone
+            if not math.isfinite(float(loss.detach())):
+                raise InputError("the search diverged: the loss is not finite", fix="a smaller lr_head")
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            for optimizer in optimizers:
+                optimizer.step()
+            after()
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        settings = self.settings
+        return self.data.batches(
+            "train",
+            settings.batch_size,
+            shuffle=True,
+            seed=settings.seed * STRIDE + epoch,
+            augment=settings.augment,
+        )
+
+    def _judge(self, epoch: int) -> State:
+        bits = self.masked.snapshot()
+        weights, macs = (int(v) for v in self.masked.kept(bits))
+        head = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
+        state = State(bits, head, self.accuracy(bits), weights, macs)
+        self.history.append({"weights": weights, "macs": macs, "accuracy": state.accuracy})
+        self.progress("mask search", min(epoch + 1, self.settings.epochs), self.settings.epochs)
+        return state

@@ -1,0 +1,5 @@
+"""ONNX Runtime: deployment in the clear."""
+
+from tightrope.runtimes.onnx.session import Onnx
+
+__all__ = ["Onnx"]

@@ -1,0 +1,171 @@
+"""Masks: gradients, copies, the donor untouched; the way through from the command line; bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from commands import call, refused
+from tightrope import models
+from tightrope.data import load, parse_task, view
+from tightrope.errors import BudgetError, InputError
+from tightrope.graph import trace
+from tightrope.methods import configure
+from tightrope.methods.reengineer import ReengineerMethod
+from tightrope.methods.reengineer.heads import attach
+from tightrope.nn.masked import Masked, binarise
+from tightrope.place import model_sha256
+from tightrope.runtimes.plain import Plain
+from tightrope.types import Budget
+
+DATA = load("embedded")
+GRAPH = trace(models.resolve("demo"), DATA.input_shape)
+TASK = parse_task(DATA.classes, chosen="3")
+QUICK = ("--set", "epochs=1", "--set", "controls=false")
+
+
+def masked(granularity: str = "weight") -> Masked:
+    method = ReengineerMethod(granularity=granularity)
+    return method._masked(attach(GRAPH, "linear", 2, TASK.groups, 0), GRAPH.input_shape)
+
+
+def learn(budget: str, **config):
+    method = ReengineerMethod(**{"epochs": 1, "controls": False} | config)
+    task = config.pop("task", TASK)
+    return method.learn(GRAPH, view(DATA, task), task=task, budget=Budget.parse(budget), cost=Plain())
+
+
+def test_a_score_of_0_is_off_and_gradients_are_clipped_straight_through():
+    score = torch.tensor([-1.0, 0.0, 1e-9, 5.0], requires_grad=True)
+    bits = binarise(score)
+    assert bits.tolist() == [0, 0, 1, 1]
+    bits.backward(torch.tensor([3.0, -0.5, -7.0, 0.25]))
+    assert score.grad.tolist() == [1.0, -0.5, -1.0, 0.25]
+
+
+def test_the_ratio_gives_every_score_alpha_over_n():
+    found = masked()
+    alpha = 2.0
+    (alpha * found.kept(found.bits())[0] / found.total).backward()
+    for score in found.scores.values():
+        torch.testing.assert_close(score.grad, torch.full_like(score, alpha / found.total))
+
+
+def test_a_snapshot_does_not_alias_the_scores():
+    found = masked()
+    before = found.snapshot()
+    with torch.no_grad():
+        for score in found.scores.values():
+            score.fill_(-1)
+    assert all(bits.all() for bits in before.values())
+    assert not any(bits.any() for bits in found.snapshot().values())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel", "hybrid"])
+def test_all_ones_reproduce_the_donor_and_all_is_counted(granularity):
+    found = masked(granularity)
+    x = next(DATA.batches("validation", 8))[0]
+    ones = found.snapshot()
+    with torch.no_grad():
+        assert torch.equal(found(x, found.effective(ones)), found.model(x))
+    weights, macs = found.kept(ones)
+    assert int(weights) == found.total == sum(of for _, of in found.by_layer(ones).values())
+    assert int(macs) == 9_345_920 - 640  # all but the donor's last layer
+
+
+@pytest.mark.parametrize("granularity", ["channel", "hybrid"])
+def test_counts_of_masks_are_those_of_the_masked_parameters(granularity):
+    found = masked(granularity)
+    with torch.no_grad():
+        for score in found.scores.values():
+            score.uniform_(-1, 1)
+    bits = found.snapshot()
+    whole = {n: torch.ones_like(p) for n, p in found.model.named_parameters()}
+    found.model.load_state_dict(whole, strict=False)  # a weight of 1 is counted by its sum
+    into = 0
+    effective = found.effective(bits)
+    for name in found.names:
+        module = name.rpartition(".")[0]
+        value = effective[name]
+        if module in found.channels.into and value.dim() > 1:
+            gates = torch.cat([bits["channels"].float(), torch.ones(1)])
+            gate = gates[found.channels.into_matrix(module, found.model.get_submodule(module))]
+            value = value * gate[..., None, None] if value.dim() == 4 else value * gate
+        into += int(value.sum())
+    assert int(found.kept(bits)[0]) == into
+
+
+def test_the_donor_is_not_changed_and_the_result_is_rebuilt_from_its_bits():
+    before = model_sha256(GRAPH.module)
+    learned = learn("weights<=0.5x,macs<=0.6x", granularity="hybrid")
+    assert model_sha256(GRAPH.module) == before
+    method = ReengineerMethod(epochs=1, controls=False, granularity="hybrid")
+    a, b = (method.rebuild(GRAPH, learned.choices, learned.tensors) for _ in range(2))
+    x = next(DATA.batches("validation", 8))[0]
+    with torch.no_grad():
+        assert torch.equal(a(x), b(x)) and a(x).shape == (8, 2)
+    assert learned.predicted.weights <= 0.5 * learned.baseline.weights
+    assert learned.predicted.macs <= 0.6 * learned.baseline.macs
+
+
+@pytest.mark.parametrize(
+    ("budget", "config", "says"),
+    [
+        ("weights<=20", {}, "below the head alone"),
+        ("macs<=0.5x", {}, "neither multiplications nor time"),
+        ("drelus<=0.5x", {}, "does not limit"),
+        ("weights<=0.5x", {"mode": "reference", "head": "relu_linear", "lr_head": 0.1}, "no network within"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(budget, config, says):
+    with pytest.raises(BudgetError, match=says):
+        learn(budget, **config)
+
+
+def test_a_slice_needs_single_classes():
+    with pytest.raises(InputError, match="one class of the donor"):
+        learn("weights<=0.5x", head="slice")
+
+
+@pytest.mark.parametrize(
+    "given", [{"epoch": 3}, {"epochs": "x"}, {"epochs": True}, {"head": 3}, {"mode": "z"}]
+)
+def test_settings_are_checked(given):
+    with pytest.raises(InputError):
+        configure("reengineer", given)
+
+
+def test_the_whole_way_and_what_it_refuses(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "b"
+    base = ("search", "--method", "reengineer", "--budget", "macs<=0.6x", "--set", "granularity=channel")
+    refused(monkeypatch, capsys, *base, "--classes", "", "--out", out, says="no class is named")
+    refused(monkeypatch, capsys, *base, "--classes", "10", "--out", out, says="no such class")
+    refused(
+        monkeypatch, capsys, "search", "--budget", "drelus<=12%", "--classes", "3", "--out", out,
+        says="--method reengineer",
+    )  # fmt: skip
+    assert not out.exists()
+    assert call(monkeypatch, *base, "--classes", "3,5", *QUICK, "--out", out) == 0
+    assert call(monkeypatch, "apply", out, "--test") == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "run", out, "--runtime", "onnx", "--count", "4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["max_abs_error"] < 1e-4
+    assert call(monkeypatch, "report", out) == 0
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    for word in ("What is kept of every layer", "restricted", "onnx", "dress / sandal"):
+        assert word in page and word in card
+    refused(monkeypatch, capsys, "finetune", out, says="trained this network already")
+    path = out / "plan.safetensors"
+    tensors = load_file(path)
+    whole = path.read_bytes()
+    save_file(tensors, path, metadata={"sha256": "0", "base_sha256": "0"})
+    refused(monkeypatch, capsys, "apply", out, says="fine-tuned network")
+    (out / "accuracy.json").unlink()
+    refused(monkeypatch, capsys, "apply", out, says="masks are damaged")
+    path.write_bytes(
+        whole.replace(json.loads((out / "plan.json").read_text())["base_sha256"].encode(), b"0" * 64)
+    )
+    refused(monkeypatch, capsys, "apply", out, says="another network")
