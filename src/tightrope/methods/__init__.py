@@ -178,6 +178,7 @@ class Learner(Protocol):
 METHODS: dict[str, str] = {
     "block_relu": "tightrope.methods.block_relu:BlockReluMethod",
     "reengineer": "tightrope.methods.reengineer:ReengineerMethod",
+    "binas": "tightrope.methods.binas.method:BinasMethod",
 }
 
 
