@@ -50,8 +50,9 @@ class Conditions:
     host: Mapping[str, str | int]
 
     def __str__(self) -> str:
-        where = ", ".join(f"{v}" for v in self.host.values())
-        rest = f"{self.threads} threads, batch {self.batch}, {self.clock} clock"
+        where = ", ".join(f"{k} {v}" for k, v in self.host.items())
+        threads = f"{self.threads} thread" + ("s" if self.threads > 1 else "")
+        rest = f"{threads}, batch {self.batch}, {self.clock} clock"
         return f"{self.device} ({self.runtime}), {rest}, on {where}"
 
 
