@@ -24,7 +24,7 @@ from tightrope.methods.binas import accuracies, latency, oneshot
 from tightrope.methods.binas.accuracies import Accuracies
 from tightrope.methods.binas.choosing import Compared, candidates, check, compare, pick
 from tightrope.methods.binas.contributions import PERCENT, contributions
-from tightrope.methods.binas.counts import counts
+from tightrope.methods.binas.counts import METRICS, counts
 from tightrope.methods.binas.extract import extract
 from tightrope.methods.binas.latency import METRIC, LatencyTable
 from tightrope.methods.binas.method import BinasMethod, chosen
@@ -39,6 +39,7 @@ from tightrope.types import Budget, Cost, Json
 Progress = Callable[[str, int, int], None]
 Log = Callable[[Mapping[str, Json]], None]
 RUNS, VISITS = 25, 3
+LIMITED = (METRIC, *METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,8 @@ def find(
     Raises a TightropeError before any training when the budget, the data or the latency table cannot be used.
     """
     limits = Budget.parse(budget)
+    if unknown := sorted({limit.metric for limit in limits.limits} - set(LIMITED)):
+        raise BudgetError("binas limits other quantities", got=unknown[0], allowed=LIMITED)
     Bundle.check_target(out, overwrite=overwrite)
     images = datasets.load(data, root=root, image_size=image_size)
     work.mkdir(parents=True, exist_ok=True)
@@ -162,8 +165,6 @@ def find(
     largest = cost(space, space.largest(), table)
     resolved = limits.resolve(largest)
     priced = {} if table is None else {METRIC: table.priced(space)}
-    if unknown := sorted(resolved.keys() - {"macs", "weights", *priced}):
-        raise BudgetError("binas limits other quantities", got=unknown[0], allowed="macs, weights, online_ms")
     check(space, method, resolved, priced)
     studied = study(space, images, method, training, work, log=log, progress=progress)
     staged = problem(space, pick(method, studied.compared), resolved, priced=priced)
