@@ -20,6 +20,7 @@ from stripes import CLASSES, QUICK, Record, Stripes, network, same
 from tightrope.errors import InputError
 from tightrope.finetune import Recipe, accuracy, finetune
 from tightrope.recipe import learning_rate
+from tightrope.training import objective
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -58,6 +59,14 @@ def test_the_teacher_alone_can_teach() -> None:
         expected = teacher(x).softmax(1)
         gaps = [float((m(x).softmax(1) - expected).abs().mean()) for m in (student, tuned)]
     assert gaps[1] < 0.5 * gaps[0]
+
+
+def test_smoothed_labels_divide_a_share_among_all_classes() -> None:
+    outputs, labels = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+    recipe = replace(QUICK, label=1.0, smoothing=0.2)
+    target = 0.8 * torch.nn.functional.one_hot(labels, 5) + 0.2 / 5
+    expected = -(target * outputs.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(objective(outputs, labels, None, recipe), expected)
 
 
 def test_same_seed_same_result() -> None:

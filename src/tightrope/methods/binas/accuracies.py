@@ -27,7 +27,7 @@ from tightrope.methods.binas.supernet import Supernet
 from tightrope.solve.staged import Choice
 from tightrope.types import FloatArray
 
-BATCH = 500
+BATCH = 200  # small enough for the maps to stay in a cache
 
 
 @dataclass(frozen=True)

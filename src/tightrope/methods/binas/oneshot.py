@@ -92,28 +92,16 @@ def train(
             allowed=f"{space.input_shape}, {space.classes} classes",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    seen = {"data": {"name": data.name, "train": data.size("train")}}
-    first = seen | {"heaviest": asdict(settings.heaviest)}
-    both = first | {"elastic": asdict(settings.elastic), "norms": settings.norms, "ranking": settings.ranking}
+    first: dict[str, Json] = {
+        "data": {"name": data.name, "train": data.size("train")},
+        "heaviest": asdict(settings.heaviest),
+        "ranking": settings.ranking,
+    }
+    both = first | {"elastic": asdict(settings.elastic), "norms": settings.norms}
     done = _finished(folder / "supernet.safetensors", space, both)
     if done is not None:
         return _restored(done, space)
-    heaviest = heaviest_network(space, seed=settings.heaviest.seed)
-    done = _finished(folder / "heaviest.safetensors", space, first)
-    if done is not None:
-        heaviest.load_state_dict(done.tensors)
-    else:
-        trained = finetune(
-            heaviest,
-            data,
-            recipe=settings.heaviest,
-            checkpoint=folder / "heaviest.part",
-            log=_named(log, "heaviest"),
-        )
-        heaviest.load_state_dict(trained.state_dict())
-        _save(folder / "heaviest.safetensors", space, heaviest, {"made": first})
-    some = math.ceil(settings.ranking * data.size("train"))
-    heaviest = reorder(heaviest, importance(heaviest, data.batches("train", RANKING_BATCH, limit=some)))
+    heaviest = _heaviest(space, data, settings, first, folder, log)
     supernet = finetune(
         inherit(heaviest, space, settings.norms),
         data,
@@ -125,8 +113,7 @@ def train(
     )
     assert isinstance(supernet, Supernet)
     _save(folder / "supernet.safetensors", space, supernet, {"made": both, "norms": settings.norms})
-    for part in ("heaviest.part", "elastic.part"):
-        (folder / part).unlink(missing_ok=True)
+    (folder / "elastic.part").unlink(missing_ok=True)
     return supernet
 
 
@@ -135,6 +122,27 @@ def heaviest_network(space: Space, seed: int = 0) -> MobileNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return mobilenet(space.architecture(space.largest()), space.classes, space.input_shape[0]).eval()
+
+
+def _heaviest(
+    space: Space, data: Data, settings: OneShot, made: Mapping[str, Json], folder: Path, log: Log | None
+) -> MobileNet:
+    """The trained heaviest network, its channels ranked; from its file where an earlier call wrote it."""
+    file, part, recipe = folder / "heaviest.safetensors", folder / "heaviest.part", settings.heaviest
+    net = heaviest_network(space, seed=recipe.seed)
+    done = _finished(file, space, made)
+    if done is not None:
+        net.load_state_dict(done.tensors)
+        return net
+    trained = finetune(net, data, recipe=recipe, checkpoint=part, log=_named(log, "heaviest"))
+    net.load_state_dict(trained.state_dict())
+    # Several processes must agree to the last bit, and sums on a GPU do not.
+    alone = recipe.devices * recipe.nodes == 1 and recipe.accelerator != "cpu" and torch.cuda.is_available()
+    some = data.batches("train", RANKING_BATCH, limit=math.ceil(settings.ranking * data.size("train")))
+    net = reorder(net, importance(net.to("cuda" if alone else "cpu"), some)).cpu()
+    _save(file, space, net, {"made": made})
+    part.unlink(missing_ok=True)
+    return net
 
 
 def watched(space: Space) -> tuple[str, ...]:
