@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from tightrope.runtimes.ckks import CKKS
+from tightrope.runtimes.ckks.compiler import Nodes
 from tightrope.runtimes.ckks.parameters import Parameters, insecure_test_parameters
+from tightrope.runtimes.ckks.placement import choose_levels
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyCKKS(CKKS):
     ring: int = 11
 
-    def parameters(self, levels: int) -> Parameters:
-        return insecure_test_parameters(levels, log_n=self.ring, scale_bits=self.scale_bits)
+    def parameters(self, levels: int, nodes: Nodes) -> Parameters:
+        offer = partial(insecure_test_parameters, log_n=self.ring, scale_bits=self.scale_bits)
+        if self.bootstrap != "always":
+            return offer(levels)
+        return choose_levels(nodes(1 << (self.ring - 1)), partial(offer, bootstrap=True), self.refresh_levels)

@@ -189,7 +189,7 @@ def test_bad_images(
     for name, says in (("none.png", "none.png"), ("text.png", "text.png"), ("large.png", "28")):
         refused(monkeypatch, capsys, "run", searched, "--image", tmp_path / name, says=says)
     refused(monkeypatch, capsys, "run", searched, "--count", "0", says="test images")
-    refused(monkeypatch, capsys, "run", searched, "--runtime", "plain", "--port", "5000", says="ports")
+    refused(monkeypatch, capsys, "run", searched, "--runtime", "plain", "--port", "5000", says="--port")
     refused(monkeypatch, capsys, "run", searched, "--runtime", "plain", "--reveal", "label", says="--reveal")
     refused(monkeypatch, capsys, "run", searched, "--reveal", "lable", says="logits, label")
 

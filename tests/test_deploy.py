@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from tightrope import cli
+from tightrope import cli, deploy
 from tightrope.bundle import Bundle
 from tightrope.data import ASSETS, load, read_image
 from tightrope.runtimes.plain import evaluate
@@ -129,6 +129,18 @@ def test_the_options_on_the_page_are_the_defaults(tmp_path: Path) -> None:
     for name, text in (("plain", CONFIGS["client"]), ("full", CONFIGS["client"] + OPTIONS.group(1))):
         (tmp_path / f"{name}.toml").write_text(text)
     assert read_settings(tmp_path / "plain.toml") == read_settings(tmp_path / "full.toml")
+
+
+def test_a_service_that_fails_does_not_look_as_if_it_had_been_stopped() -> None:
+    class Broken:
+        def run(self) -> None:
+            raise OSError("no more files")
+
+        def stop(self) -> None:
+            raise AssertionError
+
+    with pytest.raises(OSError, match="no more files"):
+        deploy._until({signal.SIGUSR1}, Broken())
 
 
 @pytest.mark.slow

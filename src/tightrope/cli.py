@@ -196,7 +196,8 @@ def finetune(
 def run(
     bundle: arg.BundleDir,
     runtime: Annotated[
-        str, typer.Option(help="plain, or mpc: three processes, none sees image and weights.")
+        str,
+        typer.Option(help="plain; mpc: three processes, none sees image and weights; ckks: on ciphertexts."),
     ] = "mpc",
     image: Annotated[Path | None, typer.Option(help="A PNG or JPEG.")] = None,
     resize: Annotated[
@@ -217,6 +218,10 @@ def run(
     ring: Annotated[
         str | None, typer.Option(help="Of mpc: 64, 32 (half of the bytes), or auto: 32 if precise enough.")
     ] = None,
+    mode: arg.RunMode = None,
+    log_n: arg.LogN = None,
+    scale_bits: arg.ScaleBits = None,
+    memory_gb: arg.MemoryGB = None,
     as_json: arg.AsJson = False,
 ) -> Json:
     """Execute a bundle's network and show what it predicts and what it really cost."""
@@ -225,27 +230,19 @@ def run(
     from tightrope import pipeline
     from tightrope.bundle import Bundle
     from tightrope.data import read_image
+    from tightrope.options import settings
     from tightrope.runtimes import runtime_type
 
     view = View(as_json)
     opened = Bundle.open(bundle)
     runtime_type(runtime)
-    if port is not None and runtime != "mpc":
-        raise InputError("only the mpc runtime has ports", got=f"--port with --runtime {runtime}")
-    if reveal is not None and runtime != "mpc":
-        raise InputError("only the mpc runtime hides outputs", got=f"--reveal with --runtime {runtime}")
-    if ring is not None and runtime != "mpc":
-        raise InputError("only the mpc runtime has rings", got=f"--ring with --runtime {runtime}")
     if image is not None and count is not None:
         raise InputError("one image, or so many test images", got=f"--image {image} with --count {count}")
-    if (network or profile) and runtime != "mpc":
-        raise InputError("only the mpc runtime has links", got=f"--network or --profile with {runtime}")
-    asked = {"port": port, "reveal": reveal, "network": network}
-    config = {k: v for k, v in asked.items() if v is not None}
-    if ring is not None:
-        from tightrope.ring import settings
-
-        config |= settings(opened, ring)
+    asked = {
+        "port": port, "reveal": reveal, "network": network, "profile": profile, "ring": ring, "mode": mode,
+        "log_n": log_n, "scale_bits": scale_bits, "memory_gb": memory_gb,
+    }  # fmt: skip
+    config = settings(opened, runtime, asked)
     measured_times = None if profile is None else pipeline.read_profile(profile)
 
     def expect(batch: int) -> tuple[Estimate, Mapping[str, Any]]:
@@ -261,7 +258,9 @@ def run(
         x, labels = read_image(image, data, resize=resize).numpy(), None
     else:
         x, labels = pipeline.test_images(data, 1 if count is None else count)
-    outputs, expected, measured = pipeline.run(opened, x, runtime=runtime, config=config)
+    outputs, expected, measured = pipeline.run(
+        opened, x, runtime=runtime, config=config, mode=mode or "execute", warn=view.warn
+    )
     got, want = outputs.argmax(-1), expected.argmax(-1)
     error = None if reveal == "label" else float(np.abs(outputs - expected).max())
     table = grid("Predictions", "image", "predicted", "plain", *(() if labels is None else ("label",)))
@@ -296,14 +295,18 @@ def curve(
     """Accuracy against budget before any training, with the controls."""
     from tightrope import pipeline
     from tightrope.bundle import Bundle
+    from tightrope.decisions import decided
+    from tightrope.types import Budget
 
-    view = View(as_json)
+    view, opened = View(as_json), Bundle.open(bundle)
     with view.progress() as progress:
-        rows = pipeline.curve(Bundle.open(bundle), points=points, limit=limit, progress=progress)
-    names = ("tightrope", "per_layer", "uniform", "random", "layers")
-    table = grid("Validation accuracy before training, and DReLUs", "budget", *names)
+        rows = pipeline.curve(opened, points=points, limit=limit, progress=progress)
+    names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
+    metric = decided(opened.problem(), Budget.parse(opened.plan().budget).limits[0].metric)
+    title = f"Validation accuracy before training, and {metric.replace('_', ' ')}"
+    table = grid(title, "budget", *names)
     for row in rows:
-        table.add_row(f"{row['share']:.1%}", *(control(row, name) for name in names))
+        table.add_row(f"{row['share']:.1%}", *(control(row, name, metric) for name in names))
     view.table(table)
     return {"curve": rows}
 

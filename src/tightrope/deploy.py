@@ -94,9 +94,9 @@ def serve(config: ConfigFile, role: RoleName = None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for all threads, also the libraries'; awaited below
     try:
         from tightrope.runtimes.mpc.settings import read_settings
-        from tightrope.runtimes.mpc.worker import keep_memory
+        from tightrope.runtimes.mpc.worker import tune_process
 
-        keep_memory()
+        tune_process()
         settings = read_settings(config, role)
         with _desk(settings) if settings.role == "client" else _service(settings) as served:
             _until(signals, served)
@@ -130,8 +130,17 @@ def _desk(settings: Settings) -> Iterator[Runs]:
 
 
 def _until(signals: set[signal.Signals], served: Runs) -> None:
-    """Serve until a signal comes, then end in good order; a second signal cuts that short."""
-    thread = threading.Thread(target=served.run, name="tightrope-serve", daemon=True)
+    """Serve until a signal comes, then end in good order; a second signal cuts that short. What `run` raises
+    is raised here, so that a supervisor sees another exit status than 0."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            served.run()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="tightrope-serve", daemon=True)
     thread.start()
     stopping = False
     while thread.is_alive():
@@ -140,6 +149,8 @@ def _until(signals: set[signal.Signals], served: Runs) -> None:
                 os._exit(1)
             stopping = True
             served.stop()
+    if failed:
+        raise failed[0]
 
 
 def health(config: ConfigFile, role: RoleName = None, as_json: AsJson = False) -> Json:
@@ -218,7 +229,9 @@ def infer(
     from tightrope.desk import read_input
     from tightrope.runtimes.mpc.remote import Client
     from tightrope.runtimes.mpc.settings import read_settings
+    from tightrope.runtimes.mpc.worker import tune_process
 
+    tune_process()
     settings = read_settings(config, "client")
     client = Client.load(settings)
     try:

@@ -21,6 +21,7 @@ from tightrope.errors import InputError
 from tightrope.evaluate import accuracy, count_hits, recalibrate
 from tightrope.hints import Watch, rewritten_sites, with_named_sites
 from tightrope.place import model_sha256
+from tightrope.reach import freeze
 from tightrope.recipe import SEED_STRIDE, Recipe, learning_rate
 from tightrope.shard import quiet_fabric, start_fabric
 from tightrope.training import Training
@@ -134,6 +135,10 @@ def finetune(
         recalibrate(
             state.average,
             data.batches("train", recipe.batch_size, seed=recipe.seed, augment=recipe.augment, limit=some),
+        )
+        freeze(
+            state.average,
+            ((x.to(fabric.device), y) for x, y in data.batches("train", recipe.batch_size, limit=some)),
         )
         result = copy.deepcopy(model).cpu()
         result.load_state_dict({k: v.cpu() for k, v in state.average.state_dict().items()})

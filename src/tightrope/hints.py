@@ -11,11 +11,13 @@ from torch.linalg import vector_norm
 
 from tightrope.errors import TraceError
 from tightrope.graph import trace
-from tightrope.nn import BlockReLU
+from tightrope.nn import BlockReLU, PolynomialActivation
+
+REWRITTEN = (BlockReLU, PolynomialActivation)
 
 
 def rewritten_sites(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, BlockReLU)]
+    return [name for name, module in model.named_modules() if isinstance(module, REWRITTEN)]
 
 
 def with_named_sites(teacher: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,12 +30,12 @@ from tightrope.forms import parse
 from tightrope.graph import trace
 from tightrope.learning import EVERYTHING, Wanted, ask, keep
 from tightrope.lock import check_unlocked, locked
-from tightrope.methods import Learner, Method, configure
+from tightrope.methods import Finishes, Learner, Method, configure
 from tightrope.place import model_sha256, place
 from tightrope.program import Program
 from tightrope.replan import pricing_of
-from tightrope.rewrite import measuring_method_of, tunable
-from tightrope.runtimes import Estimate, Pricing, Runtime, runtime_type
+from tightrope.rewrite import measuring_method_of, method_of, tunable
+from tightrope.runtimes import Estimate, Mode, Pricing, Runtime, runtime_type
 from tightrope.shard import Shard, launch
 from tightrope.solve.select import cheapest, price, select
 from tightrope.types import Budget, Cost, Json, Limit, Measurement, Problem
@@ -196,6 +196,15 @@ def _warn_of_budget(bundle: Bundle, program: Program, warn: Callable[[str], obje
                 )
 
 
+def _frozen(bundle: Bundle, model: nn.Module, data: Data) -> Program:
+    """The program of a network of the bundle, in the form that its method wants executed."""
+    plan = bundle.plan()
+    method = method_of(plan)
+    if isinstance(method, Finishes):
+        model = method.finish(model, plan.input_shape, pricing_of(bundle))
+    return freeze(model, data)
+
+
 def apply_plan(bundle: Bundle, warn: Callable[[str], object] = warnings.warn) -> nn.Module:
     """Rewrite the base by the plan, without any training, and freeze it.
 
@@ -210,7 +219,7 @@ def apply_plan(bundle: Bundle, warn: Callable[[str], object] = warnings.warn) ->
         )
     with locked(bundle.path):
         model = bundle.rewritten()
-        program = freeze(model, bundle.data())
+        program = _frozen(bundle, model, bundle.data())
         with suppress(TraceError):  # an op that the runtime does not have: another one may run it
             exact_cost(pricing_of(bundle), program)
         _warn_of_budget(bundle, program, warn)
@@ -269,7 +278,7 @@ def _train(
     tuned = finetune(model, data, teacher=base, recipe=recipe, checkpoint=checkpoint, log=record)
     if not shard.first:
         return {}
-    program = freeze(tuned, data)
+    program = _frozen(bundle, tuned, data)
     with suppress(TightropeError):  # what the runtime cannot execute, `run` says
         _warn_of_budget(bundle, program, warn)
     bundle.save_model(tuned, program)
@@ -293,9 +302,18 @@ def test(bundle: Bundle) -> dict[str, float]:
 
 
 def run(
-    bundle: Bundle, x: NDArray[Any], *, runtime: str = "mpc", config: Mapping[str, Json] | None = None
+    bundle: Bundle,
+    x: NDArray[Any],
+    *,
+    runtime: str = "mpc",
+    config: Mapping[str, Json] | None = None,
+    mode: str = "execute",
+    warn: Callable[[str], object] = warnings.warn,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Measurement]:
     """Execute the frozen network on (N, C, H, W); outputs of the runtime and of `plain`, and the cost.
+
+    With `mode="simulate"` the runtime predicts instead, and the bundle keeps no measurement. `warn` hears
+    what the runtime warns of.
 
     With `config={"reveal": "label"}` the outputs of `mpc` are one-hot vectors.
 
@@ -309,12 +327,16 @@ def run(
     if runtime == "plain":
         outputs, measurement = expected, plain
     else:
-        with chosen.open(program, "execute") as session:
+        with chosen.open(program, cast(Mode, mode)) as session, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             outputs, measurement = session.run(x)
+        for warning in told:
+            warn(str(warning.message))
     agreement: dict[str, Json] = {"same_class": int((outputs.argmax(-1) == expected.argmax(-1)).sum())}
     if measurement.config.get("reveal") != "label":  # a label has no error
         agreement["max_abs_error"] = float(np.abs(outputs - expected).max())
-    bundle.add_measurement(measurement, agreement)
+    if mode == "execute":
+        bundle.add_measurement(measurement, agreement)
     return outputs, expected, measurement
 
 

@@ -23,8 +23,12 @@ class Recipe:
     weights of the cross-entropy with the labels, and of the distillation from the teacher at `temperature`
     (Hinton et al. 2015, section 2); without a teacher the labels alone count. `smoothing`: share of a label
     that all classes divide. `hints`: weight of drawing the activations at rewritten sites, or others that the
-    caller names, to the teacher's (Romero et al. 2015). `ema`: decay per step of the
-    averaged weights, which are the result; 0 for none. `limit`: training images per epoch. With several
+    caller names, to the teacher's (Romero et al. 2015). `ema`: decay per step of the averaged weights, which
+    are the result; 0 for none. Of polynomial activations: `coefficients` is their learning rate over that of
+    the weights, without decay; `reach` the weight of keeping their inputs within the scales; `scales` says
+    whether these stay, follow the largest input as a moving average, or are those of the batch until they are
+    frozen at the end. `clip`: the largest norm of a gradient, 0 for any. `limit`: training images per epoch.
+    With several
     `devices` or `nodes`, every process runs the calling program (Fabric starts those of its own machine).
 
     Raises InputError for a value out of range.
@@ -42,6 +46,10 @@ class Recipe:
     temperature: float = 4.0
     hints: float = 1.0
     ema: float = 0.998
+    coefficients: float = 0.1
+    reach: float = 1.0
+    scales: Literal["static", "ema", "dynamic"] = "static"
+    clip: float = 0.0
     augment: bool = False
     limit: int | None = None
     seed: int = 0
@@ -99,9 +107,13 @@ def _count(x: Any) -> bool:
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("epochs", "lr", "temperature"), (_positive, "positive")),
     **dict.fromkeys(("batch_size", "devices", "nodes"), (_count, "a whole number, 1 or more")),
-    **dict.fromkeys(("weight_decay", "label", "distill", "hints"), (_not_negative, "0 or more")),
+    **dict.fromkeys(
+        ("weight_decay", "label", "distill", "hints", "coefficients", "reach", "clip"),
+        (_not_negative, "0 or more"),
+    ),
     **dict.fromkeys(("momentum", "warmup", "ema", "smoothing"), (_share, "0 or more, below 1")),
     "limit": (lambda x: x is None or _count(x), "None, or a whole number, 1 or more"),
     "seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1"),
+    "scales": (lambda x: x in ("static", "ema", "dynamic"), "static, ema, dynamic"),
     "precision": (lambda x: x in ("32-true", "bf16-mixed"), "32-true, bf16-mixed"),
 }

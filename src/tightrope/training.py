@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tightrope import reach
 from tightrope.checkpoint import Checkpoint
 from tightrope.errors import InputError
 from tightrope.hints import Hints, Watch
 from tightrope.nn.depthwise import quicken
+from tightrope.reach import Reach
 from tightrope.recipe import SEED_STRIDE, Recipe
 
 
@@ -31,6 +33,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     wrapped_optimizer: Any
     hints: Hints | None
+    within: Reach | None
     step: int = 0
     epoch: int = 0  # epochs that ended with a record
     loss: float = 0.0  # summed over the steps of the unfinished epoch
@@ -48,29 +51,26 @@ class Training:
     ) -> Training:
         net = _copy(model, recipe).train()
         quicken(net)
-        parameters = [p for p in net.parameters() if p.requires_grad]
-        if not parameters:
-            raise InputError("the network has nothing to train", where=type(model).__name__)
+        reach.start(net, recipe.scales)
         optimizer = torch.optim.SGD(
-            parameters,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.momentum > 0,
+            _groups(net, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
         )
         wrapped, wrapped_optimizer = fabric.setup(net, optimizer)
         average = copy.deepcopy(net).requires_grad_(False) if recipe.ema else net
         if teacher is not None:
             teacher = _copy(teacher, recipe).to(fabric.device).eval()
         hints = Hints(net, teacher, watch) if teacher is not None and recipe.hints else None
-        return cls(recipe, fabric, net, wrapped, average, teacher, optimizer, wrapped_optimizer, hints)
+        within = Reach(net) if recipe.reach and reach.activations(net) else None
+        return cls(
+            recipe, fabric, net, wrapped, average, teacher, optimizer, wrapped_optimizer, hints, within
+        )
 
     def learn(self, x: Tensor, y: Tensor, lr: float) -> None:
         """One step on a batch."""
         self.midway = True
         recipe, fabric = self.recipe, self.fabric
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         # Dropout and the like depend on nothing but the step, so a resumed run draws the same.
         torch.manual_seed((recipe.seed * SEED_STRIDE + self.step) * fabric.world_size + fabric.global_rank)
         x, y = x.to(fabric.device, memory_format=recipe.memory_format), y.to(fabric.device)
@@ -84,9 +84,13 @@ class Training:
         loss = objective(outputs, y, soft, recipe)
         if self.hints is not None:
             loss = loss + recipe.hints * self.hints.loss()
+        if self.within is not None:
+            loss = loss + recipe.reach * self.within.loss()
         self.loss += self._finite(float(loss.detach()))
         self.wrapped_optimizer.zero_grad()
         fabric.backward(loss)
+        if recipe.clip:
+            fabric.clip_gradients(self.wrapped, self.wrapped_optimizer, max_norm=recipe.clip)
         self.wrapped_optimizer.step()
         self.step += 1
         self._average()
@@ -152,6 +156,21 @@ class Training:
         self.optimizer.load_state_dict(body)
         for name, value in checkpoint.progress.items():
             setattr(self, name, value)
+
+
+def _groups(net: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Weights, and coefficients of polynomials: these learn at a rate of their own and do not decay."""
+    polynomials = {p for m in reach.activations(net).values() for p in m.stages.parameters()}
+    trained = [p for p in net.parameters() if p.requires_grad]
+    if not trained:
+        raise InputError("the network has nothing to train", where=type(net).__name__)
+    weights = [p for p in trained if p not in polynomials]
+    coefficients = [p for p in trained if p in polynomials]
+    groups = [
+        {"params": weights, "weight_decay": recipe.weight_decay, "share": 1.0},
+        {"params": coefficients, "weight_decay": 0.0, "share": recipe.coefficients},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def objective(outputs: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -> Tensor:

@@ -56,6 +56,9 @@ class Cost:
 METRICS: tuple[str, ...] = tuple(f.name for f in fields(Cost))
 # What a budget may limit: prices that sum over the choices.
 ADDITIVE = ("drelus", "online_bytes", "offline_bytes", "online_ms", "offline_ms")
+# And what follows the longest path through the choices (`Problem.path`).
+ALONG = ("ckks_levels",)
+NAMED = {"latency_ms": "online_ms"}  # what a budget may call a quantity
 COST_FORM: dict[Any, Any] = {f"{metric}?": float for metric in METRICS}
 
 
@@ -88,6 +91,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read limits separated by commas. `%` and `x` are relative to the unchanged network: 12% is 0.12x.
+        `latency_ms` is `online_ms`.
 
         Raises BudgetError for anything that is not `METRIC<=NUMBER[%|x]`.
         """
@@ -101,10 +105,11 @@ class Budget:
                     allowed="METRIC<=NUMBER, METRIC<=NUMBER% or METRIC<=NUMBERx, joined by commas",
                     fix="--budget 'drelus<=12%'",
                 )
-            metric, number, unit = match.groups()
+            word, number, unit = match.groups()
+            metric = NAMED.get(word, word)
             if metric not in METRICS:
                 raise BudgetError(
-                    "unknown quantity in the budget", got=metric, allowed=near(metric, ADDITIVE)
+                    "unknown quantity in the budget", got=metric, allowed=near(metric, (*ADDITIVE, *ALONG))
                 )
             try:
                 value = float(number.replace("_", ""))
@@ -173,13 +178,27 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One value on the way from the input to the output: it is made of the `inputs`, "" being the network's,
+    and takes `levels` of a ciphertext besides what an option at its site takes."""
+
+    name: str
+    inputs: tuple[str, ...]
+    levels: int
+
+
+@dataclass(frozen=True)
 class Problem:
-    """Every site, option, loss and cost. Solving it for another budget never touches the model."""
+    """Every site, option, loss and cost. Solving it for another budget never touches the model.
+
+    `path` is the graph along which levels add up, in order and the output last; () where none are priced.
+    """
 
     tables: tuple[Table, ...]
     fixed: Cost  # what no choice changes
     baseline: Cost  # the unchanged network, `fixed` included
     meta: Mapping[str, Json] = field(default_factory=dict)
+    path: tuple[Step, ...] = ()
 
     def save(self, path: Path) -> None:
         arrays: dict[str, NDArray[Any]] = {}
@@ -192,6 +211,7 @@ class Problem:
             "fixed": asdict(self.fixed),
             "baseline": asdict(self.baseline),
             "meta": dict(self.meta),
+            "path": [[step.name, step.inputs, step.levels] for step in self.path],
         }
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)
         atomic_write(path, lambda f: np.savez_compressed(f, **arrays))  # type: ignore[arg-type]
@@ -211,7 +231,8 @@ class Problem:
                     )
                     for i, s in enumerate(head["sites"])
                 )
-                return cls(tables, Cost(**head["fixed"]), Cost(**head["baseline"]), head["meta"])
+                steps = tuple(Step(name, tuple(inputs), n) for name, inputs, n in head.get("path", ()))
+                return cls(tables, Cost(**head["fixed"]), Cost(**head["baseline"]), head["meta"], steps)
         except FileNotFoundError:
             raise BundleError("no saved problem", where=str(path), fix="tightrope search") from None
         except BundleError:

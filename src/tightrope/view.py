@@ -80,29 +80,36 @@ def grid(title: str, *columns: str) -> Table:
 
 def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     """Show a bundle's plan; what it says as JSON."""
-    from tightrope.decisions import decisions
+    from tightrope.decisions import decided, decisions
+    from tightrope.report import formats
+    from tightrope.rewrite import measuring_method_of
     from tightrope.types import Budget
 
     plan = bundle.plan()
     if record := bundle.record():
         return _learned_summary(view, bundle, plan, record)
     problem = bundle.problem()
-    table = grid("Plan", "site", "shape", "DReLUs", "kept", "share", "distinct patches")
+    metric, method = Budget.parse(plan.budget).limits[0].metric, measuring_method_of(plan)
+    shown = decided(problem, metric)
+    what = formats.metric(shown)
+    table = grid("Plan", "site", "shape", what, "kept", "share", f"distinct {formats.plural(method.noun)}")
     for site in decisions(plan, problem):
-        shape, share = "x".join(map(str, site.shape)), site.after / site.before if site.before else 0.0
-        distinct = str(len(set(site.patches)))
-        table.add_row(site.name, shape, f"{site.before:,.0f}", f"{site.after:,.0f}", f"{share:.1%}", distinct)
+        before, after = getattr(site.before, shown), getattr(site.after, shown)
+        shape, share = "x".join(map(str, site.shape)), after / before if before else 0.0
+        distinct = set(site.labels)
+        name = str(len(distinct)) if len(site.labels) > 1 else site.labels[0]
+        table.add_row(site.name, shape, f"{before:,.0f}", f"{after:,.0f}", f"{share:.1%}", name)
     view.table(table)
     for note in plan.notes:
         view.say(f"  {note}")
-    metric = Budget.parse(plan.budget).limits[0].metric
-    if metric != "drelus":
+    if metric != shown:
         spent, before = getattr(plan.predicted, metric), getattr(plan.baseline, metric)
         view.say(f"predicted {metric.replace('_', ' ')}: {spent:,.6g} of {before:,.6g}")
+    spent, before = getattr(plan.predicted, shown), getattr(plan.baseline, shown)
     view.say(
-        f"budget {plan.budget}: {plan.predicted.drelus:,.0f} of {plan.baseline.drelus:,.0f} DReLUs; "
+        f"budget {plan.budget}: {spent:,.0f} of {before:,.0f} {what}; "
         f"predicted loss {plan.loss:.4g}, proved within {plan.gap:.3%} of the optimum"
-        + ("" if metric == "drelus" else " of what the prices of its options allow")
+        + ("" if metric == shown else " of what the prices of its options allow")
     )
     if "spearman" in problem.meta:
         meta = problem.meta
@@ -125,12 +132,12 @@ def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def control(row: Mapping[str, Any], name: str) -> str:
-    """A cell of the curve: accuracy and the DReLUs really kept; nothing where it was not measured."""
+def control(row: Mapping[str, Any], name: str, metric: str) -> str:
+    """A cell of the curve: accuracy and what is really used; nothing where it was not measured."""
     if name not in row["accuracy"]:
         return ""
     cost = row["cost"] if name == "tightrope" else row[name]
-    return f"{percent(row['accuracy'][name])} {cost.get('drelus', 0):>9,.0f}"
+    return f"{percent(row['accuracy'][name])} {cost.get(metric, 0):>9,.0f}"
 
 
 def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: int) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: i
     network = settings.get("network", "none")
     table = _costs(f"Predicted: batch of {batch}, network {network}", found.ops.items(), found.total)
     view.table(table)
-    view.say(f"offline phase: {found.total.offline_ms:,.0f} ms")
+    view.say(found.about or f"offline phase: {found.total.offline_ms:,.0f} ms")
     if host := settings.get("profile", {}).get("host"):
         view.say("times measured on: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in host.items()))
     ops = [{"op": name} | cost.as_dict() for name, cost in found.ops.items()]
@@ -193,6 +200,8 @@ def measurement(view: View, measured: Measurement) -> None:
             view.say(f"{title}: " + ", ".join(f"{link} {n:,} bytes" for link, n in links.items()))
     if t.offline_ms:
         view.say(f"offline phase: {t.offline_ms:,.0f} ms")
+    if "predicted_error" in measured.config:
+        view.say(f"simulated; the noise of a real run: at most {measured.config['predicted_error']:.2g}")
 
 
 def times(view: View, expected: Cost, spent: Cost) -> None:
@@ -204,12 +213,22 @@ def times(view: View, expected: Cost, spent: Cost) -> None:
     view.say("; ".join(shown))
 
 
+COLUMNS = {  # of a Cost; one that is zero everywhere is left out, unless it is the milliseconds
+    "DReLUs": "drelus",
+    "online bytes": "online_bytes",
+    "offline bytes": "offline_bytes",
+    "rounds": "rounds",
+    "levels": "ckks_levels",
+}
+
+
 def _costs(title: str, ops: Iterable[tuple[str, Cost]], whole: Cost) -> Table:
-    table = grid(title, "op", "DReLUs", "online bytes", "offline bytes", "rounds", "online ms")
+    columns = {name: metric for name, metric in COLUMNS.items() if getattr(whole, metric)}
+    table = grid(title, "op", *columns, "online ms")
     for op, c in ops:
-        numbers = (c.drelus, c.online_bytes, c.offline_bytes, c.rounds)
+        numbers = [getattr(c, metric) for metric in columns.values()]
         if any(numbers) or c.online_ms >= 0.05:
             table.add_row(op, *("" if not v else f"{v:,.0f}" for v in numbers), f"{c.online_ms:,.1f}")
-    totals = (whole.drelus, whole.online_bytes, whole.offline_bytes, whole.rounds)
-    table.add_row("total", *(f"{v:,.0f}" for v in totals), f"{whole.online_ms:,.1f}", style="bold")
+    totals = (f"{getattr(whole, metric):,.0f}" for metric in columns.values())
+    table.add_row("total", *totals, f"{whole.online_ms:,.1f}", style="bold")
     return table

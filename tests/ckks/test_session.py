@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,18 @@ def test_lengths_inside_keys_are_checked(client: lattigo.Client) -> None:
             check_key(damaged, parameters, of, "here")
     with pytest.raises(ProtocolError, match="another rotation"):
         check_key(second, parameters, 3, "here")
+
+
+def test_a_truncated_key_file_is_named(client: lattigo.Client, tmp_path: Path) -> None:
+    """Before the library opens it, which would never return."""
+    circuit, path = client._circuit, tmp_path / "keys"
+    lattigo.write_keys(path, client.make_keys(), len(circuit.galois_elements()))
+    whole = path.read_bytes()
+    for part in (b"", whole[: len(whole) // 2], whole[:-1], whole + b"x"):
+        path.write_bytes(part)
+        with pytest.raises(ProtocolError, match="key file is truncated") as error:
+            lattigo.Server.load(circuit, path)
+        assert f"{len(part)} bytes" in str(error.value)
 
 
 @pytest.mark.slow

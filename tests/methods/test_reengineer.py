@@ -115,7 +115,7 @@ def test_the_donor_is_not_changed_and_the_result_is_rebuilt_from_its_bits():
     ("budget", "config", "says"),
     [
         ("weights<=20", {}, "below the head alone"),
-        ("macs<=0.5x", {}, "dense kernels multiply zeros"),
+        ("macs<=0.5x", {}, "neither multiplications nor time"),
         ("drelus<=0.5x", {}, "does not limit"),
         ("weights<=0.5x", {"mode": "reference", "head": "relu_linear", "lr_head": 0.1}, "no network within"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -24,6 +25,7 @@ from tightrope.runtimes.mpc.frame import ANSWER, ASK
 from tightrope.runtimes.mpc.keys import Role, read_credentials
 from tightrope.runtimes.mpc.party import terms
 from tightrope.runtimes.mpc.remote import ask_health, dial
+from tightrope.runtimes.mpc.service import Log
 from tightrope.runtimes.mpc.settings import read_settings
 from tightrope.runtimes.plain import evaluate
 
@@ -221,15 +223,15 @@ def test_frames_that_are_no_commands_are_refused(served: Deployment) -> None:
     for data in (b"[" * 60000, b"\xff\xfe", b"[]", b'"close"', b" " * 70000):
         client = served.client()
         remote = client.connect(dealer=True)
-        remote._channels["server"].send(0, ASK, data)
         with pytest.raises(ProtocolError, match="server ended the session"):
+            remote._channels["server"].send(0, ASK, data)
             remote._answer("server")
         remote.close()
     assert not served.events("server", "bug")
 
 
 def test_what_goes_wrong_inside_stays_inside(served: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peer is told that there was an error; what it said might name secrets, and goes to the log only."""
+    """The peer is told that there was an error, the log its kind and place; its text might hold secrets."""
     usual = team.Worker.obey
 
     def obey(self: team.Worker, command: Any, size: int, x: Any) -> Any:
@@ -242,9 +244,19 @@ def test_what_goes_wrong_inside_stays_inside(served: Deployment, monkeypatch: py
         with pytest.raises(ProtocolError, match=r"server ended the session[\s\S]*an internal error") as error:
             served.infer(images(1).numpy())
     assert "3.14" not in str(error.value)
-    assert "3.14159" in served.events("server", "bug")[-1]["why"]
+    bug = served.events("server", "bug")[-1]
+    assert bug["why"] == "RuntimeError" and "test_deployment.py:" in bug["at"][-1]
+    assert "3.14159" not in served.logs["server"].getvalue()
     served.logs["server"].truncate(0)
     check(served, 1)
+
+
+def test_a_log_that_nobody_reads_any_more_ends_no_session() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    Log("server", Gone())("session", session="0")
 
 
 def test_a_service_takes_as_many_sessions_as_it_has_places(tmp_path: Path) -> None:

@@ -138,6 +138,41 @@ def test_interrupted_and_damaged_lots_are_deleted_and_old_ones_too(tmp_path: Pat
     assert Stock(settings(tmp_path, keep_days=1e-9)).get(NAME) is None
 
 
+def test_a_directory_that_was_meant_for_something_else_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home directory, say: it is as private as a stock, and full of names with dots."""
+    home = tmp_path / "stock"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh" / "id").write_text("x")
+    (home / ".profile").write_text("x")
+    home.chmod(0o700)
+    Stock(settings(tmp_path)).close()
+    assert (home / ".ssh" / "id").exists() and (home / ".profile").exists()
+    another = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: another)
+    with pytest.raises(InputError, match="belongs to another user"):
+        Stock(settings(tmp_path))
+
+
+def test_a_stock_whose_name_is_damaged_is_refused(tmp_path: Path) -> None:
+    Stock(settings(tmp_path)).close()
+    for damage in (b"", b"\xff" * 16, b"../" * 10):
+        (tmp_path / "stock" / "owner").write_bytes(damage)
+        with pytest.raises(InputError, match="the stock is damaged"):
+            Stock(settings(tmp_path))
+
+
+def test_lots_become_too_old_while_a_service_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = filled(tmp_path)
+    assert made.lots(TERMS, made.owner)
+    monkeypatch.setattr(stock.time, "time", lambda now=stock.time.time: now() + 31 * stock.DAY_S)
+    assert not made.lots(TERMS, made.owner) and not (made.path / NAME).exists()
+    made = filled(tmp_path / "dealer")
+    monkeypatch.setattr(stock.time, "time", lambda now=stock.time.time: now() + 31 * stock.DAY_S)
+    assert made.claim(lambda lot: True) is None
+
+
 def test_a_lot_never_comes_twice_not_even_when_the_first_is_gone(tmp_path: Path) -> None:
     """As a dealer would send it that was restored from a backup."""
     made = filled(tmp_path)

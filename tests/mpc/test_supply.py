@@ -15,7 +15,7 @@ from test_deployment import check, wait_for
 
 from tightrope.errors import InputError, ProtocolError
 from tightrope.program import Program
-from tightrope.runtimes.mpc import MPC, compile_program, costs, supply, team
+from tightrope.runtimes.mpc import MPC, compile_program, costs, service, supply, team
 from tightrope.runtimes.mpc.stock import Lot, Stock, batch_file
 
 
@@ -219,6 +219,26 @@ def test_the_dealer_makes_lots_ahead_and_forgets_those_for_another_network(tmp_p
     d.write("dealer", mpc="fraction_bits = 20", stock="ready = 0")
     with d.service("dealer") as dealer:
         wait_for(lambda: dealer.health()["lots"] == 0)
+
+
+def test_a_dealer_goes_on_making_lots_after_whatever_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAKE_AGAIN_S", 0.1)
+    usual, calls = supply.LotMaker.make, []
+
+    def make(self: Any, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise MemoryError("a value")
+        usual(self, *args)
+
+    monkeypatch.setattr(supply.LotMaker, "make", make)
+    d = deployed(tmp_path, stock="ready = 1\nbatches = 1")
+    with d.service("dealer") as dealer:
+        wait_for(lambda: dealer.health()["lots"] == 1)
+    (bug,) = d.events("dealer", "bug")
+    assert bug["why"] == "MemoryError" and "a value" not in d.logs["dealer"].getvalue()
 
 
 def test_a_party_without_a_stock_says_so(tmp_path: Path) -> None:

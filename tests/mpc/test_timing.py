@@ -32,8 +32,9 @@ def body(profile: Profile, host: dict | None = None) -> dict:
     return {"host": host or {}, "rings": {"64": profile.units}}
 
 
-def priced(network: str = "loopback", **units: float):
-    return MPC(network=network).pricing(profile=body(replace(FREE, **units)))
+def priced(network: str = "loopback", cores: int | None = None, **units: float):
+    host = {} if cores is None else {"cores": cores}
+    return MPC(network=network).pricing(profile=body(replace(FREE, **units), host))
 
 
 def chain(patches: list[tuple[int, int]]) -> Program:
@@ -214,24 +215,49 @@ def test_offline_units_of_work_are_those_of_the_dealer() -> None:
     assert ns(mac=1.0) == pytest.approx(layers)  # the client's own product begins no later
 
 
-def made_up(truth: Profile, schedule) -> dict[int, dict[str, Cost]]:
+def test_offline_three_parties_share_the_cores_there_are() -> None:
+    """By hand: a step's fixed part at each party that has one, on one core one after the other."""
+    program = chain(MIXED)
+    parts = [
+        len([role for part in OFFLINE[type(step)](step, 1) for role, work in part.items() if "deal" in work])
+        for step in compile_program(program, MPC()).steps
+    ]
+    alone = priced(cores=1, deal=1e6).exact(program).offline_ms
+    assert alone == pytest.approx(sum(parts))
+    by_ops = priced(cores=1, deal=1e6).estimate(program).ops
+    assert sum(cost.offline_ms for cost in by_ops.values()) == pytest.approx(sum(parts))
+    assert priced(cores=64, deal=1e6).exact(program).offline_ms < alone
+
+
+def test_over_a_network_the_end_of_a_message_is_handled_when_it_is_there() -> None:
+    """Input there, result back, shorter than a piece: the bytes take the link, and then the parties."""
+    layer = ranges(lower(nn.Sequential(nn.Linear(32, 5)).eval(), (32,)), [torch.randn(16, 32)])
+    link = priced("1e6,0").exact(layer).online_ms
+    assert priced("1e6,0", byte=1e3).exact(layer).online_ms == pytest.approx(link * (1 + 1 / 8))
+    program = chain(MIXED)
+    rounds = costs(program, MPC()).total.rounds
+    assert priced("1e18,0", late=1e6).exact(program).online_ms == pytest.approx(rounds)
+    assert priced(late=1e6).exact(program).online_ms == 0.0  # loopback waits for no timer
+
+
+def made_up(truth: Profile, schedule) -> dict[tuple[str, int], dict[str, Cost]]:
     """The times of a machine that takes exactly what a profile predicts; offline the dealer's own."""
     times = {}
-    for batch in calibration.BATCHES:
+    for link, batch in calibration.CASES:
         size = calibration.partial(calibration.frame_bytes, batch=batch)
-        online = calibration.groups(online_ms(schedule.steps, batch, size, truth, Network()))
+        online = calibration.groups(online_ms(schedule.steps, batch, size, truth, Network.parse(link)))
         dealer = dict.fromkeys(online, 0.0)
         for step in schedule.steps:
             for part in OFFLINE[type(step)](step, batch):
                 dealer[step.op[0]] += truth.ns(part.get("dealer", {})) / 1e6
-        times[batch] = {g: Cost(online_ms=online[g], offline_ms=dealer[g]) for g in online}
+        times[link, batch] = {g: Cost(online_ms=online[g], offline_ms=dealer[g]) for g in online}
     return times
 
 
 def test_a_fit_finds_the_profile_that_made_the_times() -> None:
     truth = replace(
-        Profile.read(shipped(), 64, "here"), frame=90e3, byte=1.7, step=25e3, gate=210e3, deal=60e3,
-        shared=3.0, keyed=20.0,
+        Profile.read(shipped(), 64, "here"), frame=90e3, late=40e3, byte=1.7, step=25e3, gate=210e3,
+        deal=60e3, shared=3.0, keyed=20.0,
     )  # fmt: skip
     schedule = compile_program(calibration.session_program(), MPC())
     times = made_up(truth, schedule)

@@ -33,11 +33,32 @@ class CostModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """A picture of an option: an (H, W) map cut into tiles; (0, 0) for a map that has no use for them."""
+
+    tile: tuple[int, int]
+    map: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A picture of an option: a function that stands for another one, both at `x`."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    original: tuple[float, ...]
+
+
 class Method(Protocol):
-    """A frozen dataclass: the configuration is the method. `runtime` prices its options by default."""
+    """A frozen dataclass: the configuration is the method. `runtime` prices its options by default, `noun` is
+    what it calls one: patch, polynomial."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def noun(self) -> str: ...
 
     @property
     def runtime(self) -> str: ...
@@ -62,6 +83,14 @@ class Method(Protocol):
 
     def choices(self, problem: Problem, picked: Mapping[str, Any]) -> dict[str, Json]:
         """Translate picked option indices per site, (G,) each, into what `rewrite` understands."""
+        ...
+
+    def options(self, choice: Json) -> tuple[str, ...]:
+        """The labels of the options that a site's choice stands for, one per group."""
+        ...
+
+    def picture(self, problem: Problem, site: str, label: str) -> Tiles | Curve:
+        """How the report draws an option of a site."""
         ...
 
     def controls(self, problem: Problem, budget: Budget) -> dict[str, Mapping[str, Any]]:
@@ -175,10 +204,21 @@ class Learner(Protocol):
         ...
 
 
+@runtime_checkable
+class Finishes(Protocol):
+    """A method whose networks are trained in one form and frozen in another that computes the same."""
+
+    def finish(self, model: nn.Module, input_shape: tuple[int, ...], cost: CostModel) -> nn.Module:
+        """What is lowered in the place of `model`; `cost` says what it should be cheap in."""
+        ...
+
+
 METHODS: dict[str, str] = {
     "block_relu": "tightrope.methods.block_relu:BlockReluMethod",
+    "paf": "tightrope.methods.paf:PafMethod",
     "reengineer": "tightrope.methods.reengineer:ReengineerMethod",
     "binas": "tightrope.methods.binas.method:BinasMethod",
+    "seesaw": "tightrope.methods.seesaw:SeesawMethod",
 }
 
 

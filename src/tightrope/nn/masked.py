@@ -119,6 +119,8 @@ class Masked:
 
     def __call__(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """The network's outputs with the parameters that `effective` gave."""
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
         outputs: Tensor = functional_call(self.model, parameters, (x,))
         return outputs
 

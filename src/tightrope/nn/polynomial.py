@@ -36,8 +36,8 @@ class PolynomialActivation(nn.Module):
 
     `stages`: the coefficients of p_1 (applied first) to p_k in ascending order, (degree + 1,) or per channel
     (C, degree + 1), as parameters. ReLU is gated, with (1 + sign) / 2 as p: `relu` makes it. With `dynamic`
-    the scale is the largest magnitude of the batch, as in training; `freeze` sets a static one, which
-    lowering folds into the first stage.
+    the scale is the largest magnitude of the batch; `freeze` sets a static one, which lowering folds into the
+    first stage. With a `momentum` the scale follows, in training, the largest magnitude of the batches.
 
     Input and output (N, C, H, W) or (N, C). Raises InputError for coefficients of another shape and a scale
     that is not positive.
@@ -63,6 +63,7 @@ class PolynomialActivation(nn.Module):
         self.stages = nn.ParameterList(nn.Parameter(stage) for stage in tensors)
         self.gated = gated
         self.dynamic = dynamic
+        self.momentum = 0.0
         self.register_buffer("scale", torch.ones(()))
         self.freeze(scale)
         self.dynamic = dynamic
@@ -89,7 +90,13 @@ class PolynomialActivation(nn.Module):
         return [first * self.scale.double() ** -powers, *rest]
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny) if self.dynamic else self.scale
+        scale = self.scale
+        if self.dynamic or (self.training and self.momentum):
+            largest = x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+            if self.dynamic:
+                scale = largest
+            else:
+                self.scale.lerp_(largest.to(self.scale.dtype), self.momentum)
         y = composite(list(self.stages), x / scale)[-1]
         return x * y if self.gated else y
 

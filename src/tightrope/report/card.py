@@ -10,7 +10,7 @@ from tightrope.report.facts import Facts
 from tightrope.report.page import verdict
 
 FILES = {
-    "plan.json": "the choice: a patch per channel, its predicted cost and loss, the bound",
+    "plan.json": "the choice at every site, its predicted cost and loss, the bound",
     "problem.npz": "every option with its loss and cost; solves again for another budget",
     "base.safetensors": "weights of the original network",
     "model.safetensors": "weights of the rewritten network",

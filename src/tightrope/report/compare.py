@@ -108,7 +108,9 @@ def _sum(name: str, rows: list[Row]) -> Row:
 def _planned(facts: Facts) -> dict[str, float]:
     """DReLUs per image: of the plan at its sites, of the op itself everywhere else."""
     ops = facts.program.ops if facts.program is not None else ()
-    return {op.name: base_cost(op).drelus for op in ops} | {site.name: site.after for site in facts.sites}
+    return {op.name: base_cost(op).drelus for op in ops} | {
+        site.name: site.after.drelus for site in facts.sites
+    }
 
 
 def _analytic(facts: Facts, run: Mapping[str, Json]) -> tuple[Mapping[str, Cost], float | None, str | None]:

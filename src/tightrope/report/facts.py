@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tightrope.bundle import Bundle
-from tightrope.decisions import Decision, decisions
+from tightrope.decisions import Decision, decided, decisions
+from tightrope.methods import Method
 from tightrope.program import Program
+from tightrope.rewrite import measuring_method_of
 from tightrope.types import Budget, Json, Plan, Problem
 
 CLEAR = "plain"  # the reference runtime: reported only where nothing else was run
@@ -32,10 +34,19 @@ class Facts:
         """In the network's order."""
         return decisions(self.plan, self.problem)
 
+    @cached_property
+    def method(self) -> Method:
+        return measuring_method_of(self.plan)
+
     @property
     def metric(self) -> str:
         """The quantity that the budget limits."""
         return Budget.parse(self.plan.budget).limits[0].metric
+
+    @property
+    def decided(self) -> str:
+        """The quantity that is shown site by site."""
+        return decided(self.problem, self.metric)
 
     @property
     def secure(self) -> bool:

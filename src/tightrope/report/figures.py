@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from tightrope.decisions import Decision, Pair
+from tightrope.decisions import Decision
+from tightrope.methods import Curve, Tiles
 from tightrope.nn.block_relu import tiles
 from tightrope.report import formats
 from tightrope.report.facts import Facts
-from tightrope.report.svg import Point, Series, axis, chart, tiled_map
+from tightrope.report.svg import Point, Series, axis, chart, function, tiled_map
 from tightrope.types import Json
 
 OURS = "tightrope"
@@ -27,7 +28,7 @@ AREAS: tuple[tuple[int, str], ...] = ((1, "1×1"), (4, "2–4"), (16, "5–16"),
 IDENTITY_STYLE, LARGE_STYLE = "a-none", f"a{len(AREAS)}"
 
 
-def area_style(patch: Pair) -> str:
+def area_style(patch: tuple[int, int]) -> str:
     """Darker for smaller patches, hollow for the identity."""
     if patch == (0, 0):
         return IDENTITY_STYLE
@@ -42,8 +43,8 @@ def area_legend() -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class PatchGroup:
-    """All channels of a site with the same patch."""
+class Group:
+    """All groups (channels) of a site with the same option."""
 
     label: str
     channels: int
@@ -52,20 +53,41 @@ class PatchGroup:
     picture: Markup
 
 
-def patch_groups(site: Decision) -> list[PatchGroup]:
-    """Smallest patches first, the identity last."""
-    groups = []
-    ordered = sorted(
-        Counter(site.patches).items(), key=lambda kv: (kv[0] == (0, 0), kv[0][0] * kv[0][1], kv[0])
+def groups(facts: Facts, site: Decision) -> list[Group]:
+    """One per option in use; patches the smallest first, the identity last."""
+    counts = Counter(site.labels)
+    pictures = {label: facts.method.picture(facts.problem, site.name, label) for label in counts}
+    found = []
+    for label in sorted(counts, key=lambda label: _order(pictures[label])):
+        channels, picture = counts[label], pictures[label]
+        if isinstance(picture, Tiles):
+            found.append(_tiled(picture, channels, len(site.labels)))
+        else:
+            drawn = function(picture, f"{label}: {site.name}")
+            found.append(Group(label, site.shape[0], "a0", f"{label}: every channel", drawn))
+    return found
+
+
+def is_tiled(facts: Facts) -> bool:
+    """Whether options are patches, whose area has a colour."""
+    first = facts.problem.tables[0]
+    return isinstance(facts.method.picture(facts.problem, first.site, first.labels[0]), Tiles)
+
+
+def _order(picture: Tiles | Curve) -> tuple[object, ...]:
+    if isinstance(picture, Curve):
+        return ()
+    return (picture.tile == (0, 0), picture.tile[0] * picture.tile[1], picture.tile)
+
+
+def _tiled(picture: Tiles, channels: int, of: int) -> Group:
+    patch, (H, W) = picture.tile, picture.map
+    name = formats.patch(patch)
+    each = f"{tiles(patch, picture.map)} tiles of the {H}×{W} map each"
+    hover = f"{name}: {channels} of {of} channels, {each}"
+    return Group(
+        name, channels, area_style(patch), hover, tiled_map(patch, picture.map, area_style(patch), hover)
     )
-    H, W = site.map
-    for patch, channels in ordered:
-        name = formats.patch(patch)
-        each = f"{tiles(patch, site.map)} tiles of the {H}×{W} map each"
-        hover = f"{name}: {channels} of {len(site.patches)} channels, {each}"
-        picture = tiled_map(patch, site.map, area_style(patch), hover)
-        groups.append(PatchGroup(name, channels, area_style(patch), hover, picture))
-    return groups
 
 
 def accuracy_chart(facts: Facts) -> Markup | None:

@@ -9,6 +9,7 @@ from tightrope.types import Budget
 _METRICS = {
     "drelus": "DReLUs", "online_bytes": "online bytes", "offline_bytes": "offline bytes",
     "online_ms": "online milliseconds", "offline_ms": "offline milliseconds", "macs": "MACs",
+    "ckks_levels": "CKKS levels",
 }  # fmt: skip
 ABSENT = "not measured"
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -46,6 +47,15 @@ def significant(x: float, digits: int = 3) -> str:
 
 def metric(name: str) -> str:
     return _METRICS.get(name, name.replace("_", " "))
+
+
+def plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+
+
+def different(count: int, noun: str) -> str:
+    """1 different patch, 2 different patches."""
+    return f"{count} different {noun if count == 1 else plural(noun)}"
 
 
 def budget(limits: Budget) -> str:

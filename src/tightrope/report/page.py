@@ -44,6 +44,9 @@ def render(facts: Facts) -> str:
         prices=_prices(facts),
         layers=_layers(facts),
         sites=_sites(facts),
+        decided=formats.metric(facts.decided),
+        noun=facts.method.noun,
+        tiled=figures.is_tiled(facts),
         areas=figures.area_legend(),
         fold=len(facts.sites) > FOLD_BEYOND,
         curve=_curve(facts),
@@ -62,7 +65,7 @@ def _comparison_note(facts: Facts, comparison: Comparison) -> str:
     batch = facts.run["batch"]
     images = "one image" if batch == 1 else f"a batch of {batch} images"
     note = (
-        f"The {words.run_name(facts)} of {images}, all images together. Planned: the plan's patches. "
+        f"The {words.run_name(facts)} of {images}, all images together. Planned: the plan's choices. "
         "Predicted: what the runtime computes from the frozen network alone. Executed and counted: what the "
         "run did."
     )
@@ -160,21 +163,23 @@ class Layer:
 
 
 def _layers(facts: Facts) -> list[Layer]:
-    widest = max((site.before for site in facts.sites), default=0.0)
+    metric = facts.decided
+    costs = [(getattr(site.before, metric), getattr(site.after, metric)) for site in facts.sites]
+    widest = max((before for before, _ in costs), default=0.0)
     layers = []
-    for site in facts.sites:
-        share = site.after / site.before
-        kept, before = formats.count(site.after), formats.count(site.before)
+    for site, (most, used) in zip(facts.sites, costs, strict=True):
+        share = used / most if most else 0.0
+        kept, before = formats.count(used), formats.count(most)
         layers.append(
             Layer(
                 name=site.name,
                 shape=formats.shape(site.shape),
-                width=100 * site.before / widest,
+                width=100 * most / widest if widest else 0.0,
                 kept_width=100 * share,
                 kept=kept,
                 before=before,
                 share=formats.percent(share),
-                hover=f"{site.name}: {kept} of {before} DReLUs kept",
+                hover=f"{site.name}: {kept} of {before} {formats.metric(metric)} kept",
             )
         )
     return layers
@@ -185,8 +190,8 @@ def _sites(facts: Facts) -> list[dict[str, Any]]:
         {
             "name": site.name,
             "shape": f"{site.shape[0]} channels of {formats.shape(site.map)}",
-            "groups": (groups := figures.patch_groups(site)),
-            "distinct": f"{len(groups)} different patch{'es' if len(groups) > 1 else ''}",
+            "groups": (groups := figures.groups(facts, site)),
+            "distinct": formats.different(len(groups), facts.method.noun),
         }
         for site in facts.sites
     ]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from tightrope.methods import Curve
+
 WIDTH, HEIGHT = 480.0, 330.0  # user units; small, so that text stays legible on a phone
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 18.0, 30.0, 48.0
 MOST_TICKS = 7
@@ -207,3 +209,21 @@ def tiled_map(patch: tuple[int, int], size: tuple[int, int], style: str, hover: 
         '<svg class="map {0}" viewBox="0 0 {2} {1}"><title>{3}</title>'
         '<rect width="{2}" height="{1}"/>{4}</svg>'
     ).format(style, H, W, hover, inner)
+
+
+def function(picture: Curve, hover: str) -> Markup:
+    """A small plot of a function (line) over the one that it stands for (thin line), both axes to scale."""
+    low, high = min(*picture.y, *picture.original), max(*picture.y, *picture.original)
+    left, width = picture.x[0], picture.x[-1] - picture.x[0]
+    height = (high - low) or 1.0
+
+    def path(values: Sequence[float]) -> str:
+        pairs = zip(picture.x, values, strict=True)
+        return "M" + "L".join(
+            f"{(x - left) / width * 60:.2f} {(high - y) / height * 36:.2f}" for x, y in pairs
+        )
+
+    return Markup(
+        '<svg class="map plot" viewBox="-2 -2 64 40"><title>{}</title>'
+        '<path class="thin" d="{}"/><path class="thick" d="{}"/></svg>'
+    ).format(hover, path(picture.original), path(picture.y))

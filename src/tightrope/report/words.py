@@ -63,9 +63,11 @@ def headline(facts: Facts) -> list[Tile]:
 
 
 def _kept(facts: Facts) -> Tile:
-    after, before = facts.plan.predicted.drelus, facts.plan.baseline.drelus
+    what = facts.decided
+    after, before = getattr(facts.plan.predicted, what), getattr(facts.plan.baseline, what)
     share = formats.percent(after / before) if before else "none"
-    return Tile("DReLUs kept", share, f"{formats.count(after)} of {formats.count(before)} per image")
+    sub = f"{formats.count(after)} of {formats.count(before)} per image"
+    return Tile(f"{formats.metric(what)} kept", share, sub)
 
 
 def _accuracy(facts: Facts, name: str, key: str, base_key: str) -> Tile:
@@ -148,8 +150,8 @@ def settings(values: Mapping[str, Json]) -> str:
 def limits(facts: Facts) -> list[str]:
     """What the numbers do not say. What was not measured is called so."""
     found = [
-        "The proved gap is about the predicted loss: the sum over channels of the mean squared change of the "
-        "outputs, each channel changed alone. It is not a bound on the accuracy."
+        "The proved gap is about the predicted loss: the sum over sites or channels of the mean squared "
+        "change of the outputs, each changed alone. It is not a bound on the accuracy."
     ]
     if "validation" in facts.accuracy:
         seed = facts.accuracy.get("recipe", {}).get("seed", "not recorded")

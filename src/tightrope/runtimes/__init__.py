@@ -89,13 +89,16 @@ class Pricing(Protocol):
 
 
 class Estimate(Protocol):
-    """What a batch will cost, by op and in all."""
+    """What a batch will cost, by op and in all; `about`: what else there is to know before, if anything."""
 
     @property
     def ops(self) -> Mapping[str, Cost]: ...
 
     @property
     def total(self) -> Cost: ...
+
+    @property
+    def about(self) -> str: ...
 
 
 RUNTIMES: dict[str, str] = {

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.errors import BudgetError
+from tightrope.solve import along
 from tightrope.solve.mckp import Block, solve
-from tightrope.types import Budget, Cost, FloatArray, Limit, Problem, total
+from tightrope.types import ALONG, Budget, Cost, FloatArray, Limit, Problem, total
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ def select(problem: Problem, budget: Budget) -> Selection:
     least = cheapest(problem, metric)
     if least > limit:
         raise infeasible(problem, budget, least)
+    if metric in ALONG:
+        chosen = along.least_loss(problem, limit)
+        picked = {t.site: np.full(len(t.loss), chosen[t.site]) for t in problem.tables}
+        return price(problem, picked)  # nothing is better: the loss is its own bound
     fixed, most = getattr(problem.fixed, metric), _sum(problem, metric, np.max)
     # whatever rounding does, the cheapest choice fits, and every choice where the dearest one does
     room = most if fixed + most <= limit else max(limit - fixed, _sum(problem, metric, np.min))
@@ -79,6 +84,8 @@ def infeasible(problem: Problem, budget: Budget, least: float) -> BudgetError:
 
 def cheapest(problem: Problem, metric: str) -> float:
     """The least that any choice costs in a quantity in which every table is priced."""
+    if metric in ALONG:
+        return along.levels(problem, {t.site: int(t.cost[metric].argmin()) for t in problem.tables})
     return float(getattr(problem.fixed, metric)) + _sum(problem, metric, np.min)
 
 
@@ -89,5 +96,8 @@ def _sum(problem: Problem, metric: str, which: Callable[[FloatArray], np.float64
 def price(problem: Problem, picked: Mapping[str, NDArray[np.intp]]) -> Selection:
     """Cost and loss of any assignment; its bound is its own loss, nothing being proved."""
     cost = problem.fixed + total(t.cost_of(picked[t.site]) for t in problem.tables)
+    if problem.path:
+        deepest = along.levels(problem, {site: int(choice[0]) for site, choice in picked.items()})
+        cost = replace(cost, ckks_levels=deepest)
     loss = sum(float(t.loss[np.arange(len(t.loss)), picked[t.site]].sum()) for t in problem.tables)
     return Selection(picked, cost, loss, loss)

@@ -18,7 +18,7 @@ from tightrope.data import Data
 from tightrope.errors import InputError, TraceError
 from tightrope.graph import Graph, trace
 from tightrope.lower import lower
-from tightrope.methods import CostModel, Progress
+from tightrope.methods import CostModel, Progress, Tiles
 from tightrope.methods.block_relu import files
 from tightrope.methods.block_relu.check import check, probes
 from tightrope.methods.block_relu.controls import Picked, controls
@@ -59,6 +59,7 @@ class BlockReluMethod:
     seed: int = 0
 
     name: ClassVar[str] = "block_relu"
+    noun: ClassVar[str] = "patch"
     runtime: ClassVar[str] = "mpc"
     kinds: ClassVar[tuple[str, ...]] = ("relu", "relu6")
 
@@ -285,6 +286,13 @@ class BlockReluMethod:
             upper = result.pop(table.site, {}).get("replace") != "relu"
             result[table.site] = {"patches": shapes} if upper else {"patches": shapes, "replace": "relu"}
         return result
+
+    def options(self, choice: Json) -> tuple[str, ...]:
+        return tuple(label((int(p), int(q))) for p, q in choice["patches"])
+
+    def picture(self, problem: Problem, site: str, text: str) -> Tiles:
+        shape = problem.meta["sites"][site]
+        return Tiles(parse(text), (shape[1], shape[2]) if len(shape) == 3 else (1, 1))
 
     def notes(self, problem: Problem, picked: Picked) -> tuple[str, ...]:
         """What was replaced beforehand, and which ReLUs went for nothing."""

@@ -29,7 +29,7 @@ TRIES, SPREAD = 10, 0.15  # starts beside the given ones, with coefficients chan
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of one site's inputs in equal bins over [-limit, limit]; `limit`: their largest magnitude."""
+    """Counts of one site's inputs in equal bins, a multiple of 4, over [-limit, limit]."""
 
     limit: float
     counts: Array
@@ -47,6 +47,15 @@ class Histogram:
     def beyond(self, scale: float) -> float:
         """The part of the inputs larger than `scale`."""
         return float(self.counts[np.abs(self.centers) > scale].sum() / self.counts.sum())
+
+    def and_more(self, values: Array) -> Histogram:
+        """With `values` counted too; the limit doubles, and bins are joined in twos, until they fit in."""
+        limit, counts = self.limit, self.counts
+        quarter = len(counts) // 4
+        while float(np.abs(values).max(initial=0.0)) > limit:
+            inner = counts.reshape(-1, 2).sum(1)
+            limit, counts = 2 * limit, np.pad(inner, quarter)
+        return Histogram(limit, counts + np.histogram(values, len(counts), (-limit, limit))[0])
 
     @classmethod
     def of(cls, values: Array, bins: int = BINS) -> Histogram:
@@ -74,28 +83,35 @@ def tune(
     target: Callable[[Array], Array] = lambda x: np.maximum(x, 0),
     *,
     tail: bool = True,
+    tries: int = TRIES,
+    floor: float = 0.0,
 ) -> Fit:
     """The best fit to `target` (ReLU) from any of `starts`, which must all be gated or all be not.
 
     A gated polynomial keeps its odd form and, with `tail`, |p| <= 1.1 up to 1.2 times the scale; the penalty
-    is raised until that holds. The problem has local minima, so a few changed starts are tried too, always
-    the same ones. One stage that is not gated is a linear problem, solved in closed form.
+    is raised until that holds. The problem has local minima, so `tries` changed starts are tried too, always
+    the same ones. One stage that is not gated is a linear problem, solved in closed form; `floor` is the
+    share of the weight that lies evenly over the scale, so that it does not run wild where nothing was seen.
     """
     if not 0 < scale < np.inf:
         raise InputError("the scale of a polynomial must be positive and finite", got=scale)
-    used = histogram.counts > 0
-    x, weight = histogram.centers[used], histogram.counts[used] / histogram.counts.sum()
+    weight, x = histogram.counts / histogram.counts.sum(), histogram.centers
     if not starts[0].gated:
-        return _direct(starts[0], x, weight, scale, target)
+        within = np.abs(x) <= scale
+        spread = (1 - floor) * weight + floor * within / max(1, within.sum())
+        return measure(_direct(starts[0], x, spread, scale, target), histogram, scale, target)
+    used = weight > 0
+    x, weight = x[used], weight[used]
     rng = np.random.default_rng(0)
-    changed = (_changed(starts[k % len(starts)], rng) for k in range(TRIES))
+    changed = (_changed(starts[k % len(starts)], rng) for k in range(tries))
     fits = [_gated(start, x, weight, scale, target, tail) for start in (*starts, *changed)]
     return min(fits, key=lambda fit: (tail and fit.tail > BOUND, fit.rmse))
 
 
 def measure(paf: Paf, histogram: Histogram, scale: float, target: Callable[[Array], Array]) -> Fit:
     """An untuned polynomial as it stands."""
-    x, weight = histogram.centers, histogram.counts / histogram.counts.sum()
+    used = histogram.counts > 0
+    x, weight = histogram.centers[used], histogram.counts[used] / histogram.counts.sum()
     u = x / scale
     y = x * (1 + paf(u)) / 2 if paf.gated else scale * paf(u)
     return Fit(paf, scale, _rms(y - target(x), weight), _tail(paf))
@@ -109,7 +125,7 @@ def _tail(paf: Paf) -> float:
     return float(np.abs(paf(np.linspace(0, REACH, 4001))).max())
 
 
-def _direct(start: Paf, x: Array, weight: Array, scale: float, target: Callable[[Array], Array]) -> Fit:
+def _direct(start: Paf, x: Array, weight: Array, scale: float, target: Callable[[Array], Array]) -> Paf:
     """target(x) = scale * p(x / scale) in the least-squares sense; Chebyshev's basis for its conditioning."""
     (stage,) = start.stages
     series = np.polynomial.Chebyshev.fit(
@@ -118,8 +134,7 @@ def _direct(start: Paf, x: Array, weight: Array, scale: float, target: Callable[
     coefficients = np.zeros(len(stage))
     found = np.polynomial.chebyshev.cheb2poly(series.coef)
     coefficients[: len(found)] = found
-    paf = replace(start, stages=(tuple(map(float, coefficients)),))
-    return Fit(paf, scale, _rms(scale * paf(x / scale) - target(x), weight), _tail(paf))
+    return replace(start, stages=(tuple(map(float, coefficients)),))
 
 
 def _gated(

@@ -23,7 +23,8 @@ from tightrope.methods.reengineer.compact import compact
 from tightrope.methods.reengineer.controls import controls, donor_accuracy
 from tightrope.methods.reengineer.counting import layers, positions, weights
 from tightrope.methods.reengineer.heads import HEADS, Headed, HeadKind, attach
-from tightrope.methods.reengineer.search import METRICS, Search, Settings, State
+from tightrope.methods.reengineer.projection import METRICS, fits
+from tightrope.methods.reengineer.search import Clock, Search, Settings, State
 from tightrope.methods.reengineer.selection import front
 from tightrope.nn.group_max import GroupMax
 from tightrope.nn.masked import CHANNELS, GRANULARITIES, Bits, Channels, Granularity, Masked
@@ -110,27 +111,34 @@ class ReengineerMethod:
         start = self._start(graph, len(data.classes), groups, data, progress)
         search = start()
         masked, head = search.masked, search.head
-        baseline = self._baseline(graph)
+        baseline = self._baseline(graph, budget, cost)
         own = {"weights": sum(p.numel() for p in head.parameters()), "macs": head.weight.numel()}
         limits = self._limits(budget, baseline, own)
         donor = donor_accuracy(graph.module, data, groups) if groups else {}
+
+        def plain(state: State) -> fx.GraphModule:
+            return _plain(search.headed, masked, state.bits, state.head, graph.input_shape)
+
+        def ms(state: State) -> float:
+            return cost.exact(lower(plain(state), graph.input_shape)).online_ms
+
+        clock = Clock(limits["online_ms"], baseline.online_ms, ms) if "online_ms" in limits else None
+        counted = {metric: limits[metric] for metric in METRICS if metric in limits}
         if self.mode == "reference":
             state = search.reference(self.alpha, donor["restricted"], self.patience)
+            feasible = fits(masked, state.bits, counted) and (clock is None or ms(state) <= clock.limit)
         else:
-            state = search.dual(limits)
-        found = {"weights": state.weights, "macs": state.macs}
+            state, feasible = search.dual(counted, clock)
         points = [
             {k: p[k] + own.get(k, 0) for k in ("weights", "macs")} | {"accuracy": p["accuracy"]}
             for p in search.history
         ]
-        for metric, limit in limits.items():
-            if found[metric] > limit:
-                raise _missed(f"{found[metric] + own[metric]:,} {metric}", str(budget), points)
+        if not feasible:
+            raise _missed(f"{state.weights:,} weights, {state.macs:,} macs in the end", str(budget), points)
         if self.floor is not None and state.accuracy < donor["restricted"] - self.floor:
             wanted = f"{donor['restricted'] - self.floor:.4f} (the donor's {donor['restricted']:.4f})"
             raise _missed(f"accuracy {state.accuracy:.4f}", wanted, points)
-        learned = self._finish(search, state, graph.input_shape)
-        program = lower(learned, graph.input_shape)
+        program = lower(plain(state), graph.input_shape)
         spent = total(base_cost(op) for op in program.ops)
         others = dict(donor)
         if self.controls:
@@ -139,7 +147,12 @@ class ReengineerMethod:
         return Learned(
             choices=_choices(masked, state.bits),
             tensors=_pack(state.bits) | {f"head.{k}": v for k, v in state.head.items()},
-            predicted=Cost(weights=state.weights + own["weights"], macs=spent.macs, drelus=spent.drelus),
+            predicted=Cost(
+                weights=state.weights + own["weights"],
+                macs=spent.macs,
+                drelus=spent.drelus,
+                online_ms=0.0 if clock is None else ms(state),
+            ),
             baseline=baseline,
             loss=1 - state.accuracy,
             notes=(
@@ -183,6 +196,7 @@ class ReengineerMethod:
 
         def start() -> Search:
             headed = attach(graph, self.head, labels, groups, self.seed)
+            headed.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
             masked = self._masked(headed, graph.input_shape, *channels)
             channels[:] = [masked.channels]
             for module in headed.model.modules():
@@ -208,38 +222,41 @@ class ReengineerMethod:
         used = positions(trace(model, input_shape))
         return Masked.start(model, names, channels, self.granularity, used)
 
-    def _baseline(self, graph: Graph) -> Cost:
-        spent = total(base_cost(op) for op in lower(graph.module, graph.input_shape).ops)
-        return Cost(weights=weights(graph.module), macs=spent.macs, drelus=spent.drelus)
+    def _baseline(self, graph: Graph, budget: Budget, cost: CostModel) -> Cost:
+        """Raises BudgetError for a limit on time where the runtime has none."""
+        program = lower(graph.module, graph.input_shape)
+        spent = total(base_cost(op) for op in program.ops)
+        timed = any(limit.metric == "online_ms" for limit in budget.limits)
+        ms = cost.exact(program).online_ms if timed else 0.0
+        if timed and not ms:
+            raise BudgetError("this runtime has no times", got=str(budget), fix="--runtime onnx")
+        return Cost(weights=weights(graph.module), macs=spent.macs, drelus=spent.drelus, online_ms=ms)
 
     def _limits(self, budget: Budget, baseline: Cost, head: Mapping[str, int]) -> dict[str, float]:
         """What the masks may leave, the head's own share taken off."""
         limits = {}
         for metric, limit in budget.resolve(baseline).items():
-            if metric not in METRICS:
+            if metric not in (*METRICS, "online_ms"):
                 raise BudgetError(
                     "reengineer does not limit this quantity",
                     got=metric,
-                    allowed=METRICS,
+                    allowed="weights, macs, latency_ms",
                     fix="--budget 'weights<=0.1x'",
                 )
-            if metric == "macs" and self.granularity == "weight":
+            if metric != "weights" and self.granularity == "weight":
                 raise BudgetError(
-                    "masks of single weights save storage, not multiplications: dense kernels multiply zeros",
-                    got=str(budget),
+                    "masks of single weights save storage, neither multiplications nor time",
+                    got=f"{budget}; dense kernels multiply zeros",
                     fix="--set granularity=channel, or hybrid",
                 )
-            if limit <= head[metric]:
+            if limit <= head.get(metric, 0):
                 raise BudgetError(
                     "the budget is below the head alone",
                     got=f"{budget}: {limit:,.15g} {metric}",
-                    allowed=f"more than {head[metric]:,}",
+                    allowed=f"more than {head.get(metric, 0):,}",
                 )
-            limits[metric] = limit - head[metric]
+            limits[metric] = limit - head.get(metric, 0)
         return limits
-
-    def _finish(self, search: Search, state: State, input_shape: tuple[int, ...]) -> fx.GraphModule:
-        return _plain(search.headed, search.masked, state.bits, state.head, input_shape)
 
 
 _STORAGE = ("masks of single weights save storage, not time: dense kernels multiply zeros",)
@@ -275,7 +292,8 @@ def _plain(
     with torch.no_grad():
         model.load_state_dict(masked.effective(bits), strict=False)
         model.get_submodule(headed.name).load_state_dict(dict(head))
-    return compact(trace(model.requires_grad_(), input_shape))
+    channels = masked.channels if masked.granularity != "weight" else None
+    return compact(trace(model.requires_grad_(), input_shape), channels=channels)
 
 
 def _choices(masked: Masked, bits: Bits) -> dict[str, Json]:

@@ -14,17 +14,16 @@ from tightrope.data import Data
 from tightrope.errors import InputError
 from tightrope.methods import Progress
 from tightrope.methods.reengineer.heads import Headed
+from tightrope.methods.reengineer.projection import fits, found, project
 from tightrope.methods.reengineer.selection import Best, Fewest
-from tightrope.nn.masked import CHANNELS, Bits, Masked
+from tightrope.nn.masked import Bits, Masked
 
 CYCLE = 5  # epochs; the first of each cycle trains the head alone (SeaM)
 STRIDE = 1_000_003  # between seeds: neighbouring ones share no epoch's order
-DUAL_RATE = 0.05  # of the logarithm of a multiplier, per step
-DUAL_RANGE = (1e-3, 1e3)
 TIGHTENED = 0.6  # share of the search after which limits have their values
+SLACK = 0.97  # of a time: measurements differ
+EVERY = 4  # steps between cuts
 ORDER_BATCHES = 8
-HALVINGS = 40
-METRICS = ("weights", "macs")
 Teacher = Callable[[Tensor], Tensor]
 
 
@@ -50,6 +49,15 @@ class State:
     accuracy: float
     weights: int
     macs: int
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A limit on measured time: `measure` gives the milliseconds of one image, `whole` the donor's."""
+
+    limit: float
+    whole: float
+    measure: Callable[[State], float]
 
 
 @dataclass
@@ -78,53 +86,57 @@ class Search:
             return alpha * self.masked.kept(bits)[0] / self.masked.total
 
         for epoch in range(self.settings.epochs):
-            self._epoch(epoch, penalty, None)
+            self._epoch(epoch, penalty)
             state = self._judge(epoch)
             if not rule.offer(state.accuracy, state.weights / self.masked.total, lambda s=state: s):  # type: ignore[misc]
                 break
         assert rule.result is not None
         return rule.result
 
-    def dual(self, limits: Mapping[str, float]) -> State:
-        """The most accurate epoch within `limits` (`weights`, `macs`: what masks may leave, head excluded).
+    def dual(self, limits: Mapping[str, float], clock: Clock | None = None) -> tuple[State, bool]:
+        """The most accurate epoch within the limits, and whether there is one; if not, the last epoch.
+
+        `limits`: `weights` and `macs` that masks may leave, head excluded; `clock`: on time.
 
         Scores start in the order of how much the loss feels each mask. The limits tighten from the whole
-        network to their values over the first part of the search. Each has a multiplier that grows while it
-        is exceeded and falls below it, so none is to be tuned. If no epoch fits, the lowest scores go until
-        the masks do.
+        network to their values over the first part of the search, and are held from there on, so that the
+        result has been trained after the last cut; see `project`. Learning rates fall to zero like a cosine.
+        Time follows multiplications, not in proportion: after every epoch it is measured, and the limit on
+        multiplications corrected.
         """
         self._order_scores()
-        whole = self._found(self._ones())
-        multipliers = dict.fromkeys(limits, 1.0)
-        steps = math.ceil(self.data.size("train") / self.settings.batch_size) * self.settings.epochs
+        whole = found(self.masked, self.masked.snapshot())
+        per_epoch = math.ceil(self.data.size("train") / self.settings.batch_size)
+        steps = per_epoch * self.settings.epochs
+        optimizers = [o for o in self._optimizers() if o is not None]
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         rule: Best[State] = Best()
         done = 0
+        now = dict(limits)
+        if clock is not None:
+            now["macs"] = min(now.get("macs", math.inf), whole["macs"] * clock.limit / clock.whole)
 
-        def penalty(bits: Bits) -> Tensor:
+        def after() -> None:
             nonlocal done
             done += 1
-            tightened = min(1.0, done / (TIGHTENED * steps))
-            found = dict(zip(METRICS, self.masked.kept(bits), strict=True))
-            terms = []
-            for metric, limit in limits.items():
-                now = whole[metric] * (max(limit, 1.0) / whole[metric]) ** tightened
-                excess = math.log(max(float(found[metric].detach()), 1.0) / now)
-                grown = multipliers[metric] * math.exp(DUAL_RATE * max(-1.0, min(1.0, excess)))
-                multipliers[metric] = min(max(grown, DUAL_RANGE[0]), DUAL_RANGE[1])
-                if excess > 0:
-                    terms.append(multipliers[metric] * found[metric] / whole[metric])
-            return sum(terms, torch.zeros(()))
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done / steps)) / 2
+            if done % EVERY == 0 or done % per_epoch == 0:
+                tightened = min(1.0, done / (TIGHTENED * steps))
+                project(self.masked, {m: whole[m] * (v / whole[m]) ** tightened for m, v in now.items()})
 
         for epoch in range(self.settings.epochs):
-            self._epoch(epoch, penalty, 1.0)
+            self._run(epoch, optimizers, None, None, after)
             state = self._judge(epoch)
-            rule.offer(state.accuracy, self._fits(state.bits, limits), lambda s=state: s)  # type: ignore[misc]
-        if rule.best is None:
-            self._cut(limits)
-            self.fit_head(self.masked.snapshot(), 1, self.settings.epochs)
-            rule.offer(0.0, True, lambda: self._judge(self.settings.epochs))
-        assert rule.best is not None
-        return rule.best
+            feasible = fits(self.masked, state.bits, limits)
+            if clock is not None:
+                ms = clock.measure(state)
+                feasible = feasible and ms <= clock.limit
+                corrected = SLACK * state.macs * clock.limit / ms
+                held = done >= TIGHTENED * steps  # from here on the limit does not grow again
+                now["macs"] = min(corrected, limits.get("macs", math.inf), now["macs"] if held else math.inf)
+            rule.offer(state.accuracy, feasible, lambda s=state: s)  # type: ignore[misc]
+        return (state, False) if rule.best is None else (rule.best, True)
 
     def _order_scores(self) -> None:
         """Scores from just above 0 to 1 by |dL/d mask| on a few batches (Lee et al. 2019, SNIP)."""
@@ -146,7 +158,7 @@ class Search:
             return
         optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.lr_head)
         for epoch in range(start, start + epochs):
-            self._run(epoch, [optimizer], bits, None, None)
+            self._run(epoch, [optimizer], bits, None)
 
     def accuracy(self, bits: Bits, split: str = "validation") -> float:
         """Share of a split's images that the masked network labels right."""
@@ -158,17 +170,14 @@ class Search:
                 seen += len(y)
         return hits / seen
 
-    def _ones(self) -> Bits:
-        return {name: torch.ones_like(score) for name, score in self.masked.scores.items()}
-
-    def _epoch(self, epoch: int, penalty: Callable[[Bits], Tensor], clamp: float | None) -> None:
+    def _epoch(self, epoch: int, penalty: Callable[[Bits], Tensor]) -> None:
         """Adam for the head; in four epochs of five, or without a head to train, another for the masks."""
         if epoch == 0:
             self.optimizers = self._optimizers()
         head, masks = self.optimizers
         joint = epoch % CYCLE > 0 or not self.headed.trained
         optimizers = ([head] if head is not None else []) + ([masks] if joint else [])
-        self._run(epoch, optimizers, None if joint else self.masked.snapshot(), penalty, clamp)
+        self._run(epoch, optimizers, None if joint else self.masked.snapshot(), penalty)
 
     def _optimizers(self) -> tuple[torch.optim.Optimizer | None, torch.optim.Optimizer]:
         settings = self.settings
@@ -183,8 +192,9 @@ class Search:
         optimizers: list[torch.optim.Optimizer],
         fixed: Bits | None,
         penalty: Callable[[Bits], Tensor] | None,
-        clamp: float | None,
+        after: Callable[[], object] = lambda: None,
     ) -> None:
+        """One epoch; `after` is called after every step."""
         for x, y in self._batches(epoch):
             bits = self.masked.bits() if fixed is None else fixed
             outputs = self.masked(x, self.masked.effective(bits))
@@ -203,10 +213,7 @@ class Search:
             torch.autograd.backward(loss)
             for optimizer in optimizers:
                 optimizer.step()
-            if clamp is not None and fixed is None:
-                with torch.no_grad():
-                    for score in self.masked.scores.values():
-                        score.clamp_(-clamp, clamp)
+            after()
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         settings = self.settings
@@ -226,29 +233,3 @@ class Search:
         self.history.append({"weights": weights, "macs": macs, "accuracy": state.accuracy})
         self.progress("mask search", min(epoch + 1, self.settings.epochs), self.settings.epochs)
         return state
-
-    def _fits(self, bits: Bits, limits: Mapping[str, float]) -> bool:
-        found = self._found(bits)
-        return all(found[metric] <= limit for metric, limit in limits.items())
-
-    def _found(self, bits: Bits) -> dict[str, float]:
-        return {m: float(v) for m, v in zip(METRICS, self.masked.kept(bits), strict=True)}
-
-    def _cut(self, limits: Mapping[str, float]) -> None:
-        """Move all scores down just so far that the masks meet the limits: channels first, then weights."""
-        for names in ([n for n in self.masked.scores if n == CHANNELS], list(self.masked.scores)):
-            if not names:
-                continue
-            scores = [self.masked.scores[n] for n in names]
-            low, high = 0.0, max(float(s.detach().max()) for s in scores)
-            for _ in range(HALVINGS):
-                middle = (low + high) / 2
-                bits = self.masked.snapshot() | {n: self.masked.scores[n].detach() > middle for n in names}
-                low, high = (low, middle) if self._fits(bits, limits) else (middle, high)
-            if low == 0 and self._fits(self.masked.snapshot(), limits):
-                return
-            with torch.no_grad():
-                for score in scores:
-                    score -= high
-            if self._fits(self.masked.snapshot(), limits):
-                return

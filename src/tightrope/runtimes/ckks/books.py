@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tightrope.program import Program, deepest
 from tightrope.runtimes.ckks import cost
-from tightrope.runtimes.ckks.circuit import Circuit
+from tightrope.runtimes.ckks.circuit import Circuit, Refresh
 from tightrope.runtimes.ckks.evaluate import Spent
 from tightrope.types import Json, Measurement, OpTrace, total
 
@@ -47,12 +47,16 @@ class Books:
         costs = cost.op_costs(self.program, self.circuit, batch)
         ms = dict.fromkeys(costs, 0.0)
         levels = dict.fromkeys(costs, 0.0)
+        bootstraps = 0
         steps = {step.name: step for step in self.circuit.steps}
         for sample in spent:
             for one in sample:
                 step = steps[one.step]
                 ms[step.ops[-1]] += one.ms
-                levels[step.ops[-1]] = step.level - one.level
+                if isinstance(step, Refresh):
+                    bootstraps += self.circuit.values[step.name].layout.ciphertexts
+                else:
+                    levels[step.ops[-1]] = step.level - one.level
         traces = tuple(
             OpTrace(
                 op.name, op.kind, replace(costs[op.name], online_ms=ms[op.name], ckks_levels=levels[op.name])
@@ -69,6 +73,8 @@ class Books:
             "threads": self.config.threads,
             "levels_planned": self.circuit.levels,
             "keys": len(self.circuit.galois_elements()) + 1,
+            "bootstraps": bootstraps / batch,
+            "bootstraps_planned": self.circuit.bootstraps,
         }
         return Measurement(
             runtime="ckks",

@@ -10,11 +10,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.runtimes.ckks.diagonals import Block, galois_element, steps
+from tightrope.runtimes.ckks import bootstrapping
+from tightrope.runtimes.ckks.diagonals import Block, conjugation, galois_element, steps
 from tightrope.runtimes.ckks.layout import Layout
 from tightrope.runtimes.ckks.parameters import Parameters
 
@@ -54,6 +56,10 @@ class Affine(Step):
     @property
     def outputs(self) -> int:
         return len(self.bias)
+
+    @property
+    def depth(self) -> int:
+        return 1
 
     @property
     def diagonals(self) -> int:
@@ -102,19 +108,54 @@ class Composite(Step):
         return sum(stage.levels for stage in self.stages) + self.gated
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refresh(Step):
+    """A bootstrap of every ciphertext of a value, which repeats with at most `slots`: to the top level."""
+
+    slots: int
+    depth: ClassVar[int] = 0
+
+
+AnyStep = Affine | Composite | Refresh
+
+
 @dataclass(frozen=True)
 class Circuit:
     """Steps in order, the values that they make, and what keys they need."""
 
     parameters: Parameters
-    steps: tuple[Affine | Composite, ...]
+    steps: tuple[AnyStep, ...]
     values: Mapping[str, Value]
     input: str
     output: str
 
     @property
     def levels(self) -> int:
-        return self.values[self.input].level - self.values[self.output].level
+        """What the deepest path spends, bootstrapped or not."""
+        depth = {self.input: 0}
+        for step in self.steps:
+            depth[step.name] = step.depth + max(depth[name] for name in step.sources)
+        return depth[self.output]
+
+    @property
+    def bootstraps(self) -> int:
+        """Of ciphertexts."""
+        return sum(
+            self.values[step.name].layout.ciphertexts for step in self.steps if isinstance(step, Refresh)
+        )
+
+    @property
+    def boot_slots(self) -> int:
+        """How many slots a bootstrap refreshes, 0 where there is none: keys belong to one number of them."""
+        return max((step.slots for step in self.steps if isinstance(step, Refresh)), default=0)
+
+    def boot_elements(self) -> tuple[int, ...]:
+        """The Galois elements of bootstrapping's own keys, ascending."""
+        if not self.boot_slots:
+            return ()
+        log_n = self.parameters.log_n
+        turned = bootstrapping.rotations(log_n, self.boot_slots.bit_length() - 1)
+        return tuple(sorted({conjugation(log_n), *(galois_element(k, log_n) for k in turned)}))
 
     def rotations(self) -> tuple[int, ...]:
         """Every rotation that a step makes."""
@@ -139,8 +180,10 @@ class Circuit:
             if isinstance(step, Affine):
                 about += [step.rotations, step.inputs, step.outputs]
                 about += [[pair, block.shifts, block.period] for pair, block in step.blocks.items()]
-            else:
+            elif isinstance(step, Composite):
                 about += [[stage.degree for stage in step.stages], step.gated]
+            else:
+                about += ["bootstrap", step.slots]
             digest.update(json.dumps(about).encode())
         for name, value in self.values.items():
             about = [name, value.scale, value.level, value.layout.shape, value.layout.period]

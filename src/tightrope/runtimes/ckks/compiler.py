@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.polynomial import chebyshev
@@ -14,15 +14,18 @@ from tightrope.errors import InputError, TraceError
 from tightrope.ops import Op, Shape
 from tightrope.program import Polynomial, Program
 from tightrope.runtimes.ckks.affine import MATRICES, Sum, compose, is_dense, source
-from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Stage, Value
+from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Circuit, Composite, Refresh, Stage, Value
 from tightrope.runtimes.ckks.diagonals import Block, blocks, folds
 from tightrope.runtimes.ckks.layout import Canvas
 from tightrope.runtimes.ckks.parameters import Parameters
+from tightrope.runtimes.ckks.placement import place
+from tightrope.solve.levels import Action, Node
 
 OPS = frozenset({op.kind for op in MATRICES} | {Polynomial.kind})
 MAX_CHANNEL_DEGREE = 3  # where channels have coefficients of their own
 SMALLEST_SCALE = 2.0**-20  # of values that calibration saw as zero
-Choose = Callable[[int], Parameters]
+Nodes = Callable[[int], Sequence[Node]]  # of the steps, by the slots of a ciphertext
+Choose = Callable[[int, Nodes], Parameters]  # for so many levels, or with bootstraps on these nodes
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Planned:
     ops: tuple[str, ...]
     what: Sum | Polynomial
     depth: int  # levels spent until its result
+
+    @property
+    def spends(self) -> int:
+        return self.what.levels if isinstance(self.what, Polynomial) else 1
 
 
 @dataclass
@@ -112,6 +119,8 @@ def plan(program: Program) -> _Plan:
 def compile_program(program: Program, choose: Choose) -> Circuit:
     """The circuit of a calibrated program; `choose` gives parameters for the levels that it needs.
 
+    Where it gives fewer, values are bootstrapped, as few as possible.
+
     Without weights the same circuit comes out but for its numbers. Raises TraceError for what CKKS cannot
     execute and InputError for a program without ranges.
     """
@@ -121,19 +130,49 @@ def compile_program(program: Program, choose: Choose) -> Circuit:
         raise InputError(
             "the program has no calibrated ranges", where=missing[0], fix="plain.ranges(program, batches)"
         )
-    output = planned.materialise(program.output)
-    parameters = choose(max(depth for _, depth in planned.real.values()))
-    canvas = Canvas.of(program)
-    values = {
-        name: Value(
-            canvas.layout(name, shape, parameters.slots),
-            max(program.ranges[name], SMALLEST_SCALE),
-            parameters.levels - depth,
+    wild = [name for name, seen in program.ranges.items() if not np.isfinite(seen)]
+    if wild:
+        raise InputError(
+            "values exploded on the calibration data",
+            where=wild[0],
+            fix="polynomials with smaller coefficients",
         )
-        for name, (shape, depth) in planned.real.items()
-    }
-    done = tuple(_step(step, program, values) for step in planned.steps)
-    return Circuit(parameters, done, values, Program.INPUT, output)
+    output = planned.materialise(program.output)
+    canvas = Canvas.of(program)
+    levels = max(depth for _, depth in planned.real.values())
+    parameters = choose(levels, lambda slots: _nodes(planned, canvas, slots))
+    booted: set[str] = set()
+    if parameters.levels < levels:
+        booted |= set(place(_nodes(planned, canvas, parameters.slots), parameters.levels).bootstrapped)
+    layouts = {name: canvas.layout(name, real[0], parameters.slots) for name, real in planned.real.items()}
+    slots = max((layouts[name].period for name in booted), default=0)
+    scales = {name: max(program.ranges[name], SMALLEST_SCALE) for name in layouts}
+    values = {Program.INPUT: Value(layouts[Program.INPUT], scales[Program.INPUT], parameters.levels)}
+    fresh = {name: f"{name}:refreshed" if name in booted else name for name in layouts}
+    done: list[AnyStep] = []
+    for step in planned.steps:
+        step = replace(step, sources=tuple(fresh[name] for name in step.sources))
+        level = min(values[name].level for name in step.sources)
+        value = Value(layouts[step.name], scales[step.name], level - step.spends)
+        values[step.name] = value
+        done.append(_step(step, program, values))
+        if step.name in booted:
+            name = fresh[step.name]
+            values[name] = replace(value, level=parameters.levels)
+            done.append(
+                Refresh(name=name, sources=(step.name,), ops=step.ops, level=value.level, slots=slots)
+            )
+    return Circuit(parameters, tuple(done), values, Program.INPUT, output)
+
+
+def _nodes(planned: _Plan, canvas: Canvas, slots: int) -> tuple[Node, ...]:
+    """The steps as the placement of bootstraps sees them."""
+    made = []
+    for step in planned.steps:
+        sources = tuple("" if name == Program.INPUT else name for name in step.sources)
+        layout = canvas.layout(step.name, planned.real[step.name][0], slots)
+        made.append(Node(step.name, sources, (Action("", step.spends),), layout.ciphertexts))
+    return tuple(made)
 
 
 def _step(step: Planned, program: Program, values: dict[str, Value]) -> Affine | Composite:
@@ -152,7 +191,7 @@ def _step(step: Planned, program: Program, values: dict[str, Value]) -> Affine |
     rotations = max(folds(values[name].layout, target.layout) for name in step.sources)
     found: dict[tuple[int, int], Block] = {}
     first = 0
-    for name, matrix in step.what.terms.items():
+    for name, matrix in zip(step.sources, step.what.terms.values(), strict=True):
         own = values[name]
         scaled = matrix * (own.scale / target.scale)
         part = blocks(scaled, own.layout, target.layout, rotations)

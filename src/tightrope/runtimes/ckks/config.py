@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tightrope.errors import InputError
 from tightrope.program import Op, Program, base_cost
 from tightrope.runtimes.ckks.affine import is_dense
-from tightrope.runtimes.ckks.compiler import OPS, check
-from tightrope.runtimes.ckks.parameters import Parameters, choose
+from tightrope.runtimes.ckks.compiler import OPS, Nodes, check
+from tightrope.runtimes.ckks.parameters import (
+    MAX_LOG_QP,
+    Parameters,
+    choose,
+    choose_bootstrapping,
+    max_levels,
+)
+from tightrope.runtimes.ckks.placement import MAX_REFRESH, choose_levels
 from tightrope.types import Cost, Json
 
 if TYPE_CHECKING:
@@ -19,12 +27,17 @@ if TYPE_CHECKING:
     from tightrope.runtimes.ckks.session import SimulatedSession
 
 
+BOOTSTRAP = ("auto", "always", "never")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CKKS:
     """A client that holds the key and a server that holds the weights and computes on ciphertexts.
 
     scale_bits: of the fixed point, and of every level: fewer leave room for more levels and less precision.
     log_n: the ring's degree as a power of two, 0 for the smallest one that is secure and has the levels.
+    bootstrap: whether ciphertexts are refreshed on the way: `auto`, where no secure ring has the levels,
+    `always`, `never`. refresh_levels: levels after each, 0 for what makes them cheapest.
     memory_bytes: what both processes together may take, 0 for four fifths of what is free; a session whose
     estimate is larger is refused. threads: images that the server works on at a time. timeout_s: how long the
     client waits for an answer; port: of the server on the loopback, 0 for a free one.
@@ -34,6 +47,8 @@ class CKKS:
 
     scale_bits: int = 40
     log_n: int = 0
+    bootstrap: str = "auto"
+    refresh_levels: int = 0
     memory_bytes: int = 0
     threads: int = 2
     timeout_s: float = 3600.0
@@ -47,6 +62,7 @@ class CKKS:
     def __post_init__(self) -> None:
         limits = {
             "memory_bytes": (0, 2**50),
+            "refresh_levels": (0, MAX_REFRESH),
             "threads": (1, 64),
             "timeout_s": (0.1, 1e6),
             "port": (0, 65535),
@@ -57,11 +73,27 @@ class CKKS:
                 raise InputError(
                     f"{key} is out of range", where="CKKS", got=value, allowed=f"{low} to {high}"
                 )
-        self.parameters(1)
+        if self.bootstrap not in BOOTSTRAP:
+            raise InputError("unknown choice of bootstraps", got=self.bootstrap, allowed=BOOTSTRAP)
+        choose(1, self.scale_bits, self.log_n or None)
 
-    def parameters(self, levels: int) -> Parameters:
-        """For a program of so many levels. Raises InputError where no secure ring has them."""
-        return choose(levels, self.scale_bits, self.log_n or None)
+    def parameters(self, levels: int, nodes: Nodes) -> Parameters:
+        """For a program of so many levels, or for bootstraps on its nodes.
+
+        Raises InputError where no secure ring has the levels, bootstrapped or not.
+        """
+        largest = self.log_n or max(MAX_LOG_QP)
+        fits = levels <= max_levels(largest, self.scale_bits)
+        if self.bootstrap == "never" or (self.bootstrap == "auto" and (fits or largest < max(MAX_LOG_QP))):
+            return choose(levels, self.scale_bits, self.log_n or None)
+        if largest < max(MAX_LOG_QP):
+            raise InputError(
+                "this ring has no room for bootstrapping",
+                got=f"log_n={largest}",
+                allowed=f"{max(MAX_LOG_QP)}",
+            )
+        offer = partial(choose_bootstrapping, scale_bits=self.scale_bits)
+        return choose_levels(nodes(1 << (largest - 1)), offer, self.refresh_levels)
 
     def price(self, op: Op) -> Cost:
         """Levels of one op taken alone. What layers between them merge into one level is in `prices`."""

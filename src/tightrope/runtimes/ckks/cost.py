@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tightrope.program import Program, base_cost, deepest
-from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Value
+from tightrope.runtimes.ckks import bootstrapping
+from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Circuit, Composite, Refresh, Value
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.diagonals import steps
-from tightrope.runtimes.ckks.format import ciphertext_size, key_size
+from tightrope.runtimes.ckks.format import boot_key_size, ciphertext_size, key_size
 from tightrope.runtimes.ckks.parameters import Parameters
 from tightrope.types import Cost, total
 
@@ -27,27 +28,43 @@ KEY_MS = 1.0e-5
 MULTIPLICATIONS = {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 5}  # ciphertext products by degree
 KEY_COPIES = 3.2  # of the keys, while the server reads them: the mapped file, the library's copy, the keys
 WORKING_CIPHERTEXTS = 40  # per image in work: hoisted decompositions and results of the largest step
+MAKER_COPIES = 3.2  # of bootstrapping's keys, in the process that makes them
+GARBAGE = 1.4  # how far the server's heap grows beyond what is in use
 PROCESS_BYTES = 350 << 20  # an interpreter with torch and a library, for each of client and server
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one session. `key_bytes` are sent once; `client_bytes` and `server_bytes` are peak memory."""
+    """Of one session. `key_bytes` are sent once; `boot_key_bytes` are those of bootstrapping.
 
+    Peak memory: of the client, of the process that makes its bootstrapping keys and is gone before the server
+    works, and of the server.
+    """
+
+    parameters: Parameters
     keys: int
     key_bytes: int
+    bootstraps: int
+    boot_key_bytes: int
     client_bytes: int
+    maker_bytes: int
     server_bytes: int
     setup_ms: float
     image_ms: float
 
     @property
     def memory_bytes(self) -> int:
-        return self.client_bytes + self.server_bytes
+        return self.client_bytes + max(self.server_bytes, self.maker_bytes + PROCESS_BYTES)
 
     def __str__(self) -> str:
         return (
-            f"{self.keys} keys of {self.key_bytes / 1e9:.2g} GB, memory {self.memory_bytes / 1e9:.2g} GB, "
+            f"{self.parameters}; {self.keys} keys of {self.key_bytes / 1e9:.2g} GB, "
+            + (
+                f"{self.bootstraps} bootstraps with keys of {self.boot_key_bytes / 1e9:.2g} GB, "
+                if self.bootstraps
+                else ""
+            )
+            + f"memory {self.memory_bytes / 1e9:.2g} GB, "
             f"about {self.setup_ms / 1e3:.2g} s for the keys and {self.image_ms / 1e3:.2g} s per image"
         )
 
@@ -60,23 +77,51 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
     top = parameters.ciphertext_bytes(parameters.levels)
     encoded = max((s.diagonals for s in circuit.steps if isinstance(s, Affine)), default=0) * top / 2
     working = threads * int(WORKING_CIPHERTEXTS * top + encoded)
+    boot = boot_key_size(circuit)
+    matrices = _dft_bytes(parameters, circuit.boot_slots) if boot else 0
+    serving = int(GARBAGE * (boot + matrices)) + int(KEY_COPIES * key_bytes) + 2 * sum(diagonals) + working
     return Estimate(
+        parameters=parameters,
         keys=keys,
         key_bytes=key_bytes,
+        bootstraps=circuit.bootstraps,
+        boot_key_bytes=boot,
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
-        server_bytes=PROCESS_BYTES + int(KEY_COPIES * key_bytes) + 2 * sum(diagonals) + working,
-        setup_ms=key_bytes * KEY_MS,
+        maker_bytes=PROCESS_BYTES + int(MAKER_COPIES * boot) if boot else 0,
+        server_bytes=PROCESS_BYTES + max(serving, int(KEY_COPIES * boot)),
+        setup_ms=(key_bytes + boot) * KEY_MS,
         image_ms=sum(step_ms(s, parameters, circuit.values) for s in circuit.steps),
     )
 
 
-def step_ms(step: Affine | Composite, parameters: Parameters, values: Mapping[str, Value]) -> float:
+def _dft_bytes(parameters: Parameters, slots: int) -> int:
+    """Of the encoded diagonals of both homomorphic DFTs, which the server keeps."""
+    ring, log_slots = parameters.during_bootstrap(), slots.bit_length() - 1
+    special = len(ring.p_bits)
+    rows = (len(ring.q_bits) + special, parameters.levels + 1 + len(bootstrapping.SLOTS_TO_COEFFS) + special)
+    counts = [
+        sum(map(len, bootstrapping.dft_shifts(ring.log_n, log_slots, encode))) for encode in (True, False)
+    ]
+    return sum(count * row for count, row in zip(counts, rows, strict=True)) * (8 << ring.log_n)
+
+
+def step_ms(step: AnyStep, parameters: Parameters, values: Mapping[str, Value]) -> float:
     """Transforms and products of a step's key switches, encodings and rescalings, and copies."""
     held = [values[name] for name in (*step.sources, step.name)]
     copied = sum(parameters.ciphertext_bytes(v.level) * v.layout.ciphertexts for v in held)
     if isinstance(step, Affine):
         return copied * COPY_MS + _affine_ms(step, parameters)
-    return copied * COPY_MS + _composite_ms(step, parameters) * held[0].layout.ciphertexts
+    one = _composite_ms(step, parameters) if isinstance(step, Composite) else refresh_ms(step, parameters)
+    return copied * COPY_MS + one * held[0].layout.ciphertexts
+
+
+def refresh_ms(step: Refresh, parameters: Parameters) -> float:
+    """Rotations and products, all as dear as at the top level: what hoisting saves, matrices take."""
+    ring = parameters.during_bootstrap()
+    transforms, products = _switch(ring, ring.levels)
+    turns = len(bootstrapping.rotations(ring.log_n, step.slots.bit_length() - 1))
+    count = turns + bootstrapping.PRODUCTS
+    return _ms(ring, transforms * count, products * count)
 
 
 def _affine_ms(step: Affine, parameters: Parameters) -> float:
@@ -138,9 +183,10 @@ def links(circuit: Circuit, batch: int) -> dict[str, int]:
 
 
 def setup_links(circuit: Circuit) -> dict[str, int]:
-    """Bytes of the keys: one for relinearisation, the others for rotations."""
+    """Bytes of the keys: one for relinearisation, others for rotations, and those of bootstrapping."""
     relinearisation, rotation = (key_size(circuit.parameters, element=one) for one in (False, True))
-    return {"client->server": relinearisation + len(circuit.galois_elements()) * rotation}
+    rotations = len(circuit.galois_elements()) * rotation
+    return {"client->server": relinearisation + rotations + boot_key_size(circuit)}
 
 
 def op_costs(program: Program, circuit: Circuit, batch: int = 1) -> dict[str, Cost]:
@@ -153,8 +199,7 @@ def op_costs(program: Program, circuit: Circuit, batch: int = 1) -> dict[str, Co
         for op in program.ops
     }
     for step in circuit.steps:
-        levels = 1 if isinstance(step, Affine) else step.depth
-        costs[step.ops[-1]] = replace(costs[step.ops[-1]], ckks_levels=levels)
+        costs[step.ops[-1]] += Cost(ckks_levels=step.depth)
     sizes: Mapping[str, int] = links(circuit, batch)
     for name, direction in (
         (program.ops[0].name, "client->server"),
@@ -166,10 +211,11 @@ def op_costs(program: Program, circuit: Circuit, batch: int = 1) -> dict[str, Co
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a batch will cost, by op and in all."""
+    """What a batch will cost, by op and in all; `about`: parameters, keys and memory."""
 
     ops: Mapping[str, Cost]
     total: Cost
+    about: str
 
 
 def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
@@ -181,4 +227,5 @@ def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
     for step in circuit.steps:
         costs[step.ops[-1]] += Cost(online_ms=batch * step_ms(step, circuit.parameters, circuit.values))
     levels = deepest(program, {name: cost.ckks_levels for name, cost in costs.items()})
-    return Predicted(costs, replace(total(costs.values()), ckks_levels=levels))
+    about = str(estimate(circuit, config.threads))
+    return Predicted(costs, replace(total(costs.values()), ckks_levels=levels), about)

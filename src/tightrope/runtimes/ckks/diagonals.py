@@ -76,18 +76,24 @@ def blocks(matrix: Any, source: Layout, target: Layout, rotations: int) -> dict[
 
 
 def steps(shifts: Iterable[int], slots: int) -> tuple[set[int], set[int]]:
-    """The baby and giant steps with which Lattigo evaluates these diagonals (its FindBestBSGSRatio)."""
+    """The baby and giant steps with which Lattigo evaluates these diagonals."""
+    shifts = list(shifts)
+    return _split(shifts, slots, best_split(shifts, slots))
+
+
+def best_split(shifts: Iterable[int], slots: int) -> int:
+    """How many baby steps there are, whether diagonals need them or not (Lattigo's FindBestBSGSRatio)."""
     shifts = list(shifts)
     size = 1
     while size < slots:
         baby, giant = _split(shifts, slots, size)
         ratio = (len(baby) - 1) / (len(giant) - 1) if len(giant) > 1 else 0.0
         if ratio == 1 << LOG_RATIO:
-            return baby, giant
+            return size
         if ratio > 1 << LOG_RATIO:
-            return _split(shifts, slots, max(1, size // 2))
+            return max(1, size // 2)
         size <<= 1
-    return _split(shifts, slots, 1)
+    return 1
 
 
 def _split(shifts: Iterable[int], slots: int, size: int) -> tuple[set[int], set[int]]:
@@ -97,3 +103,8 @@ def _split(shifts: Iterable[int], slots: int, size: int) -> tuple[set[int], set[
 
 def galois_element(rotation: int, log_n: int) -> int:
     return pow(GENERATOR, rotation, 2 << log_n)
+
+
+def conjugation(log_n: int) -> int:
+    """The Galois element that conjugates every slot."""
+    return (2 << log_n) - 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from tightrope.errors import ProtocolError
-from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite
+from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh
 
 C = TypeVar("C")  # a ciphertext
 
@@ -19,6 +19,8 @@ class Backend(Protocol[C]):
     def affine(self, step: Affine, inputs: Sequence[C]) -> list[C]: ...
 
     def composite(self, step: Composite, inputs: Sequence[C]) -> list[C]: ...
+
+    def refresh(self, step: Refresh, inputs: Sequence[C]) -> list[C]: ...
 
     def level(self, ciphertext: C) -> int: ...
 
@@ -56,8 +58,10 @@ def evaluate(
         operands = [ciphertext for value in step.sources for ciphertext in values[value]]
         if isinstance(step, Affine):
             made = backend.affine(step, operands)
-        else:
+        elif isinstance(step, Composite):
             made = backend.composite(step, operands)
+        else:
+            made = backend.refresh(step, operands)
         level = min(backend.level(ciphertext) for ciphertext in made)
         if level != circuit.values[step.name].level:
             raise ProtocolError(

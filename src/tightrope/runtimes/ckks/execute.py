@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from tightrope.errors import InputError, ProtocolError, TightropeError, TraceError
 from tightrope.program import Program
-from tightrope.runtimes.ckks import lattigo
+from tightrope.runtimes.ckks import keymaker, lattigo
 from tightrope.runtimes.ckks.books import Books
 from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.evaluate import Spent
 from tightrope.runtimes.ckks.format import check_ciphertext
 from tightrope.runtimes.ckks.link import (
+    BOOT,
     EVALUATE,
     HELLO,
     KEY,
@@ -89,6 +90,9 @@ class CKKSSession(Books):
     def _send_keys(self, link: Link, client: lattigo.Client) -> None:
         link.send(HELLO, {"digest": self.circuit.digest()})
         try:
+            if self.circuit.boot_slots:
+                for part in keymaker.made(self.circuit, client.secret()):
+                    link.send(BOOT, {}, [part])
             for _, data in client.make_keys():
                 link.send(KEY, {}, [data])
         except ProtocolError as lost:

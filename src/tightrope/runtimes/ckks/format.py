@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from mmap import mmap
 
 from tightrope.errors import ProtocolError
+from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.parameters import Parameters
 
 METADATA_BYTES = 278  # a flag and JSON: the scale with a fixed number of digits at #, log2(slots) at ?
@@ -19,6 +21,9 @@ METADATA = (
     b'"CiphertextMetaData":{"IsNTT":"0x01","IsMontgomery":"0x00"}}'
 )
 WORD = struct.Struct("<Q")
+COUNT = struct.Struct("<I")
+BOOT_FLAGS = b"\0\0\0\0\1"  # no keys for other rings; then one from the dense secret to the sparse one
+HAS = b"\1"
 
 
 def ciphertext_size(parameters: Parameters, level: int) -> int:
@@ -28,9 +33,24 @@ def ciphertext_size(parameters: Parameters, level: int) -> int:
 
 def key_size(parameters: Parameters, *, element: bool) -> int:
     """Bytes of a Galois key (`element`) or a relinearisation key."""
-    q, p, digits = len(parameters.q_bits), len(parameters.p_bits), parameters.digits
-    lengths = 2 + digits * (2 + 2 * (2 + q + p))
-    return parameters.key_bytes + 8 * (lengths + 2 * element)
+    q, p = len(parameters.q_bits), len(parameters.p_bits)
+    return _key_size(parameters.log_n, parameters.digits, q, p) + 16 * element
+
+
+def _key_size(log_n: int, digits: int, q: int, p: int) -> int:
+    numbers = digits * 2 * (q + p) * (8 << log_n)
+    return numbers + 8 * (2 + digits * (2 + 2 * (2 + q + p)))
+
+
+def boot_key_size(circuit: Circuit) -> int:
+    """Bytes of all keys of bootstrapping: two that change the secret, then a set as for the other steps."""
+    if not circuit.boot_slots:
+        return 0
+    ring = circuit.parameters.during_bootstrap()
+    elements = len(circuit.boot_elements())
+    set_size = 2 + COUNT.size + elements * (8 + key_size(ring, element=True))
+    sparse = _key_size(ring.log_n, 1, 1, 1)
+    return len(BOOT_FLAGS) + sparse + 1 + key_size(ring, element=False) * 2 + 1 + set_size
 
 
 def check_ciphertext(data: bytes, parameters: Parameters, where: str) -> int:
@@ -56,16 +76,47 @@ def check_key(data: bytes, parameters: Parameters, element: int | None, where: s
     _check_lengths(data, at, _key_lengths(parameters), where)
 
 
+def check_boot_keys(data: bytes | mmap, circuit: Circuit, where: str) -> None:
+    """Raises ProtocolError unless these are the keys of the circuit's bootstraps, by every length in them."""
+    if len(data) != boot_key_size(circuit):
+        raise _damaged(
+            "the keys are truncated or of other parameters",
+            where,
+            f"{len(data)} of {boot_key_size(circuit)} bytes",
+        )
+    ring = circuit.parameters.during_bootstrap()
+    at = _expect(data, 0, BOOT_FLAGS, where)
+    at = _check_lengths(data, at, _lengths_of_key(1, [1, 1], 1 << ring.log_n), where)
+    at = _check_lengths(data, _expect(data, at, HAS, where), _key_lengths(ring), where)
+    at = _check_lengths(data, _expect(data, at, HAS * 2, where), _key_lengths(ring), where)
+    elements = circuit.boot_elements()
+    at = _expect(data, at, HAS + COUNT.pack(len(elements)), where)
+    for element in elements:
+        head = WORD.pack(element) * 2 + WORD.pack(2 << ring.log_n)
+        at = _check_lengths(data, _expect(data, at, head, where), _key_lengths(ring), where)
+
+
+def _expect(data: bytes | mmap, at: int, wanted: bytes, where: str) -> int:
+    """Where what follows `wanted` begins."""
+    if data[at : at + len(wanted)] != wanted:
+        raise _damaged("these are not the keys that were asked for", where, data[at : at + len(wanted)].hex())
+    return at + len(wanted)
+
+
 Lengths = Iterator[tuple[int, int]]  # a length, and how many bytes of numbers follow it
 
 
 def _key_lengths(parameters: Parameters) -> Lengths:
-    yield 0, 0  # no base-two decomposition
-    yield parameters.digits, 0
     rows = [len(parameters.q_bits), len(parameters.p_bits)]
-    for _ in range(parameters.digits):
+    return _lengths_of_key(parameters.digits, rows, 1 << parameters.log_n)
+
+
+def _lengths_of_key(digits: int, rows: list[int], degree: int) -> Lengths:
+    yield 0, 0  # no base-two decomposition
+    yield digits, 0
+    for _ in range(digits):
         yield 1, 0
-        yield from _polynomials(2, rows, 1 << parameters.log_n)
+        yield from _polynomials(2, rows, degree)
 
 
 def _polynomials(count: int, rows: list[int], degree: int) -> Lengths:
@@ -77,13 +128,15 @@ def _polynomials(count: int, rows: list[int], degree: int) -> Lengths:
                 yield degree, 8 * degree
 
 
-def _check_lengths(data: bytes, at: int, lengths: Lengths, where: str) -> None:
+def _check_lengths(data: bytes | mmap, at: int, lengths: Lengths, where: str) -> int:
+    """Where what follows begins."""
     for length, numbers in lengths:
         if WORD.unpack_from(data, at)[0] != length:
             raise _damaged(
                 "a length inside is wrong", where, f"{WORD.unpack_from(data, at)[0]}, not {length}"
             )
         at += 8 + numbers
+    return at
 
 
 def _check_metadata(data: bytes, parameters: Parameters, where: str) -> None:

@@ -34,7 +34,7 @@ from tightrope.types import Json
 MAGIC = b"TTCK"
 HEAD = struct.Struct("<4sHH")
 SIZE = struct.Struct("<Q")
-HELLO, KEY, READY, EVALUATE, RESULT, FAILED = range(1, 7)
+HELLO, KEY, READY, EVALUATE, RESULT, FAILED, BOOT = range(1, 8)
 MAX_HEAD_BYTES = 1 << 20
 VALID = timedelta(days=2)
 

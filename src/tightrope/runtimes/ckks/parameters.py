@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tightrope.errors import InputError
+from tightrope.runtimes.ckks import bootstrapping
 from tightrope.types import Json
 
 MAX_LOG_QP: Mapping[int, int] = {14: 438, 15: 881, 16: 1767}
@@ -24,6 +26,9 @@ SCALE_BITS = (30, 50)
 class Parameters:
     """A ring of degree 2^log_n with primes of these sizes; `q_bits` has one more than there are levels.
 
+    boot_p_bits: the key-switching primes of bootstrapping, which also adds primes of its own to the modulus;
+    empty where nothing is bootstrapped.
+
     Raises InputError where the modulus is larger than the table allows, unless `insecure`, which only
     `insecure_test_parameters` sets.
     """
@@ -32,6 +37,7 @@ class Parameters:
     q_bits: tuple[int, ...]
     p_bits: tuple[int, ...]
     scale_bits: int
+    boot_p_bits: tuple[int, ...] = ()
     insecure: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -43,6 +49,19 @@ class Parameters:
                 fix="fewer levels, a larger ring, or a smaller scale",
             )
 
+    @classmethod
+    def of(cls, numbers: Json) -> Parameters:
+        """From JSON of `dataclasses.asdict`."""
+        read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
+        return cls(**read)
+
+    def __str__(self) -> str:
+        limit = "insecure" if self.insecure else f"{MAX_LOG_QP[self.log_n]} allowed"
+        return (
+            f"ring degree 2^{self.log_n}, scale 2^{self.scale_bits}, {self.levels} levels, "
+            f"log2(QP) = {self.log_qp} ({limit})" + (" with bootstrapping" if self.boot_p_bits else "")
+        )
+
     @property
     def slots(self) -> int:
         return 1 << (self.log_n - 1)
@@ -53,7 +72,9 @@ class Parameters:
 
     @property
     def log_qp(self) -> int:
-        return sum(self.q_bits) + sum(self.p_bits)
+        """Of the largest modulus that keys have."""
+        boot = sum(bootstrapping.PRIMES) + sum(self.boot_p_bits) if self.boot_p_bits else 0
+        return sum(self.q_bits) + max(sum(self.p_bits), boot)
 
     @property
     def digits(self) -> int:
@@ -64,6 +85,11 @@ class Parameters:
     def key_bytes(self) -> int:
         """The numbers of one evaluation key."""
         return self.digits * 2 * (len(self.q_bits) + len(self.p_bits)) * (8 << self.log_n)
+
+    def during_bootstrap(self) -> Parameters:
+        """The ring in which bootstrapping computes, and its keys are."""
+        q_bits = (*self.q_bits, *bootstrapping.PRIMES)
+        return Parameters(self.log_n, q_bits, self.boot_p_bits, self.scale_bits, insecure=self.insecure)
 
     def ciphertext_bytes(self, level: int) -> int:
         """The numbers of one ciphertext."""
@@ -78,8 +104,8 @@ class Parameters:
             "log_default_scale": self.scale_bits,
             "h": self.slots,
             "ring_type": "standard",
-            "boot_logp": None,
-            "btp_logn": None,
+            "boot_logp": list(self.boot_p_bits) or None,
+            "btp_logn": self.log_n if self.boot_p_bits else None,
         }
 
 
@@ -107,14 +133,37 @@ def choose(levels: int, scale_bits: int, log_n: int | None = None) -> Parameters
     )
 
 
+def choose_bootstrapping(levels: int, scale_bits: int) -> Parameters | None:
+    """So many levels after every bootstrap, in the only secure ring with room for it; None if it has none."""
+    log_n = max(MAX_LOG_QP)
+    return with_bootstrapping(levels, scale_bits, log_n, MAX_LOG_QP[log_n])
+
+
+def with_bootstrapping(
+    levels: int, scale_bits: int, log_n: int, most: int, *, insecure: bool = False
+) -> Parameters | None:
+    candidates = _candidates(levels, scale_bits, log_n)
+    special = bootstrapping.special_primes(sum(candidates[0][0]), most)
+    if not special:
+        return None
+    made = (Parameters(log_n, q, p, scale_bits, special, insecure=insecure) for q, p in candidates)
+    return min(made, key=lambda c: c.key_bytes)
+
+
 def max_levels(log_n: int, scale_bits: int) -> int:
     """How many levels a secure ring has, with one prime for key switching."""
     base = scale_bits + BASE_BITS
     return (MAX_LOG_QP[log_n] - base - (base + 1)) // scale_bits
 
 
-def insecure_test_parameters(levels: int, *, log_n: int = 12, scale_bits: int = 40) -> Parameters:
+def insecure_test_parameters(
+    levels: int, *, log_n: int = 12, scale_bits: int = 40, bootstrap: bool = False
+) -> Parameters:
     """Small rings for tests: they protect nothing, and no option of the runtime leads here."""
+    if bootstrap:
+        made = with_bootstrapping(levels, scale_bits, log_n, MAX_LOG_QP[16], insecure=True)
+        assert made is not None
+        return made
     q, p = _candidates(levels, scale_bits, log_n)[1]
     return Parameters(log_n, q, p, scale_bits, insecure=True)
 

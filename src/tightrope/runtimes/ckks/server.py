@@ -30,8 +30,9 @@ from tightrope.runtimes.ckks import lattigo
 from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.evaluate import evaluate
-from tightrope.runtimes.ckks.format import check_ciphertext, check_key, key_size
+from tightrope.runtimes.ckks.format import boot_key_size, check_ciphertext, check_key, key_size
 from tightrope.runtimes.ckks.link import (
+    BOOT,
     EVALUATE,
     FAILED,
     HELLO,
@@ -57,12 +58,8 @@ def main() -> int:
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         program = Program.decode(about["structure"], weights, Path("server"))
-        numbers = about["parameters"]
-        parameters = Parameters(
-            numbers["log_n"], tuple(numbers["q_bits"]), tuple(numbers["p_bits"]), numbers["scale_bits"],
-            insecure=numbers["insecure"],
-        )  # fmt: skip
-        circuit = compile_program(program, lambda _: parameters)
+        parameters = Parameters.of(about["parameters"])
+        circuit = compile_program(program, lambda *_: parameters)
         own = Identity(about["certificate"].encode(), about["key"].encode())
         context = tls_context(own, about["client_certificate"].encode(), accepts=True)
         listener = socket.create_server((HOST, about["port"]))
@@ -108,16 +105,28 @@ def serve(link: Link, circuit: Circuit, threads: int) -> None:
             fix="the same program and the same release of tightrope on both sides",
         )
     with tempfile.TemporaryDirectory(prefix="tightrope-keys-") as folder:
-        path = Path(folder) / "keys"
-        elements = circuit.galois_elements()
-        lattigo.write_keys(path, _keys(link, circuit), len(elements))
-        backend = lattigo.Server.load(circuit, path)
+        path, boot = Path(folder) / "keys", Path(folder) / "boot" if circuit.boot_slots else None
+        if boot is not None:
+            _receive_boot_keys(link, boot_key_size(circuit), boot)
+        lattigo.write_keys(path, _keys(link, circuit), len(circuit.galois_elements()))
+        backend = lattigo.Server.load(circuit, path, boot)
     link.send(READY, {"peak_memory_bytes": peak_memory_bytes()})
     with ThreadPoolExecutor(threads) as pool:
         size = threads * circuit.values[circuit.input].layout.ciphertexts
         limit = circuit.parameters.ciphertext_bytes(circuit.parameters.levels) + (1 << 12)
         while (message := link.receive(EVALUATE, size, limit)) is not None:
             link.send(RESULT, *_answer(message[1], circuit, backend, pool))
+
+
+def _receive_boot_keys(link: Link, left: int, path: Path) -> None:
+    """Into a file; what is in it is checked when it is read."""
+    with path.open("wb") as file:
+        while left:
+            message = link.receive(BOOT, 1, left)
+            if message is None or len(message[1]) != 1 or not message[1][0]:
+                raise ProtocolError("keys of bootstrapping are missing", got=f"{left} bytes too few")
+            file.write(message[1][0])
+            left -= len(message[1][0])
 
 
 def _keys(link: Link, circuit: Circuit) -> Iterator[tuple[int | None, bytes]]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tightrope.runtimes.ckks.config import CKKS
 
 MODES = ("simulate", "execute")
-TELL_MS, TELL_BYTES = 60_000.0, 1 << 30  # what costs more is announced
 FREE_SHARE = 0.8
 SIGMAS = 6.0  # of the noise, behind the predicted error
 
@@ -41,9 +40,10 @@ def open_session(program: Program, config: CKKS, mode: str) -> CKKSSession | Sim
 
 def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSession | SimulatedSession:
     """A session of a compiled circuit. The client's has no weights in it."""
+    estimate = cost.estimate(circuit, config.threads)
+    print(f"ckks: {estimate}", file=sys.stderr)
     if mode == "simulate":
         return SimulatedSession(program, config, circuit)
-    estimate = cost.estimate(circuit, config.threads)
     free = config.memory_bytes or int(FREE_SHARE * _free_bytes())
     if estimate.memory_bytes > free:
         raise InputError(
@@ -53,8 +53,6 @@ def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSe
             allowed=f"{free / 1e9:.3g} GB",
             fix="activations of fewer levels, fewer threads, or a larger memory_bytes",
         )
-    if estimate.setup_ms > TELL_MS or estimate.memory_bytes > TELL_BYTES:
-        print(f"ckks: {estimate}", file=sys.stderr)
     return CKKSSession(program, config, circuit)
 
 

@@ -19,7 +19,8 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 
 from tightrope.errors import ProtocolError
-from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Stage
+from tightrope.runtimes.ckks import bootstrapping
+from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh, Stage
 from tightrope.runtimes.ckks.parameters import Parameters
 
 BEYOND = 1.0 + 1e-9  # calibrated ranges are where the values reach 1
@@ -108,6 +109,15 @@ class Simulator:
         self._count(
             step.name, self._values[step.sources[0]].layout.unpack(np.stack([x.slots for x in inputs]))
         )
+        return made
+
+    def refresh(self, step: Refresh, inputs: Sequence[Simulated]) -> list[Simulated]:
+        made = []
+        for x in inputs:
+            self._spend(step.name, x.level, bootstrapping.LEAST_LEVEL)
+            slots = np.tile(x.slots[: step.slots], self._parameters.slots // step.slots)
+            noise = math.hypot(x.noise, bootstrapping.NOISE)
+            made.append(Simulated(slots, self._parameters.levels, noise))
         return made
 
     def _count(self, step: str, values: NDArray[np.float64]) -> None:

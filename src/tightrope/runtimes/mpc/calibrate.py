@@ -1,8 +1,9 @@
-"""Measure a `Profile`: the inner loops of a party alone, then a small session for the rest.
+"""Measure a `Profile`: the inner loops of a party alone, then small sessions for the rest.
 
-The loops are timed by their fastest repetition, each short enough to run undisturbed on a busy machine now
-and then. What a step, a gate, a frame and a byte take is what makes the predicted times of the session the
-measured ones (least squares of logarithms).
+A loop runs on inputs that no cache holds, as a party does: its material came some time ago. Each repetition
+is short enough to be undisturbed on a busy machine now and then. What a step, a gate, a frame and a byte
+take, and a frame over a network, is what makes the predicted times of sessions the measured ones (least
+squares of logarithms).
 """
 
 from __future__ import annotations
@@ -36,18 +37,25 @@ from tightrope.runtimes.mpc.timing import Profile, online_ms
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.types import Cost, Json, Measurement
 
-SESSION = ("frame", "byte", "step", "gate")
-GUESS = {"frame": 3e5, "byte": 2.0, "step": 5e4, "gate": 3e5}
+LAYERS = ("mac", "row", "gathered")
+SESSION = ("frame", "late", "byte", "step", "gate")
+GUESS = {"frame": 2e5, "late": 1e5, "byte": 2.0, "step": 2e4, "gate": 2e5}
 DEALT = ("deal", "shared", "keyed")  # what only the dealer's times in the session tell
-BATCHES = (1, 64)  # of the session: what does not depend on size, and what does
+NEAR, FAR = "loopback", "lan"
+CASES = ((NEAR, 1), (NEAR, 64), (FAR, 1))  # networks and batches: what depends on no size, on size, on delay
+WIDTHS = (12, 16, 20, 24, 28, 32)  # bits of comparisons
 LINKS = 6  # of each kind in the session's program
-REPEATS = 30
+REPEATS = 60
+CACHES_BYTES = 1 << 26  # more than caches hold
 QUIET = 3  # so many of the repetitions, the fastest ones, count as undisturbed
 RANGE = 8.0  # of every value of the session's program
 SMALL = {"fraction_bits": 11, "weight_bits": 11, "margin": 2.0}  # what the small ring has room for
 Progress = Callable[[str, int, int], None]
 Units = dict[str, float]
-Times = Mapping[int, Mapping[str, Cost]]  # batch size -> group of ops -> milliseconds
+Inputs = tuple[Any, ...]  # arrays or tensors
+Loop = Callable[..., object]
+Case = tuple[str, int]
+Times = Mapping[Case, Mapping[str, Cost]]  # case -> group of ops -> milliseconds
 
 
 def calibrate(config: MPC, progress: Progress) -> dict[str, Json]:
@@ -91,15 +99,21 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _fastest(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Nanoseconds."""
-    work()
+def _cold(loop: Loop, make: Callable[[], Inputs]) -> float:
+    """Nanoseconds of `loop` on inputs that lie in no cache: it goes round more of them than caches hold.
+    The first quartile, so that a busy machine does not show."""
+    first = make()
+    count = max(2, -(-CACHES_BYTES // max(1, sum(x.nbytes for x in first))))
+    inputs = [first, *(make() for _ in range(count - 1))]
     times = []
-    for _ in range(repeats):
-        start = time.perf_counter_ns()
-        work()
-        times.append(time.perf_counter_ns() - start)
-    return float(min(times))
+    for turn in range(max(2, -(-REPEATS // count))):
+        for given in inputs:
+            start = time.perf_counter_ns()
+            loop(*given)
+            spent = time.perf_counter_ns() - start
+            if turn:  # the first one warms up whatever is no input
+                times.append(spent)
+    return float(np.quantile(times, 0.25))
 
 
 def _conv(
@@ -121,32 +135,36 @@ def _random(shape: tuple[int, ...], ring_bits: int) -> torch.Tensor:
 
 
 def _layers(ring_bits: int) -> dict[str, float]:
-    """Products and collected values, from layers of different shapes: the best fit of relative errors."""
+    """Products, their rows, collected values: the best fit of relative errors to layers of many shapes."""
     shapes = (
         _conv(16, 16, 3, 28), _conv(32, 32, 3, 14), _conv(64, 64, 3, 7), _conv(64, 64, 1, 14),
-        _conv(16, 16, 3, 28, groups=16),
+        _conv(128, 128, 3, 4), _conv(64, 64, 3, 28), _conv(16, 16, 3, 28, groups=16),
     )  # fmt: skip
     rows = []
     for op in shapes:
-        weight = _random(op.weight_shape, ring_bits)
-        x = _random((1, op.in_channels, *op.shape[1:]), ring_bits)
-        spent = _fastest(lambda op=op, weight=weight, x=x: multiply(op, weight, x))  # type: ignore[misc]
+        x_shape = (1, op.in_channels, *op.shape[1:])
+
+        def make(op: Conv2d = op, x_shape: tuple[int, ...] = x_shape) -> Inputs:
+            return _random(op.weight_shape, ring_bits), _random(x_shape, ring_bits)
+
+        spent = _cold(partial(multiply, op), make)
         step = Multiply(
-            index=0, op="", kernel=op, input=_wire(x.shape[1:], 0, ring_bits),
+            index=0, op="", kernel=op, input=_wire(x_shape[1:], 0, ring_bits),
             output=_wire(op.shape, 0, ring_bits), weight_bits=22,
         )  # fmt: skip
         work = ONLINE[Multiply](step, 1)[0]["server"]
-        rows.append([work["mac"] / spent, work["gathered"] / spent])
-    mac, gathered = nnls(np.array(rows), np.ones(len(rows)))[0]
-    return {"mac": float(mac), "gathered": float(gathered)}
+        rows.append([work[unit] / spent for unit in LAYERS])
+    found = nnls(np.array(rows), np.ones(len(rows)))[0]
+    return dict(zip(LAYERS, found.tolist(), strict=True))
 
 
 def _elements(ring_bits: int) -> dict[str, float]:
     """An addition reads two values and makes one; a keystream makes bytes."""
-    a, b = (_random((1 << 15,), ring_bits) for _ in range(2))
-    stream, out = _stream(), np.empty(1 << 18, np.uint8)
-    drawn = _fastest(lambda: stream.fill(out)) / out.nbytes
-    return {"element": _fastest(lambda: a + b) / (3 << 15), "drawn": drawn}
+    size = 1 << 15
+    added = _cold(torch.add, lambda: (_random((size,), ring_bits), _random((size,), ring_bits)))
+    stream = _stream()
+    drawn = _cold(stream.fill, lambda: (np.empty(1 << 18, np.uint8),)) / (1 << 18)
+    return {"element": added / (3 * size), "drawn": drawn}
 
 
 def _stream() -> Stream:
@@ -157,37 +175,58 @@ def _stream() -> Stream:
 def _gates(config: MPC) -> dict[str, float]:
     """A gate with small tiles and one with large ones; comparisons of few and of many levels."""
     stream, ring_bits, shift = _stream(), config.ring_bits, config.weight_bits
-    narrow, wide = (_comparison(stream, bits, threads_of(config)) for bits in (16, 32))
-    level = max(0.0, (wide - narrow) / 16)
-    compared = max(0.0, narrow - level * fss.word_levels(16))
+    compared, level = _comparisons(stream, threads_of(config))
     relu = Relu(name="", inputs=("",), shape=(16, 28, 28), patches=((2, 2),) * 16)
     step = Gate(
         index=0, op="", kernel=relu, input=_wire(relu.shape, 2 * shift, ring_bits),
         output=_wire(relu.shape, shift, ring_bits), shift=shift, trim=shift, bits=20, pieces=(Piece(),),
     )  # fmt: skip
-    opened = stream.ring(step.opened_size, ring_bits)
-    z = stream.ring((1, *relu.shape), ring_bits)
-    shares = {f.name: gates.draw(stream, f, 1) for f in step.share_fields}
-    bits = stream.bits(step.drelus)
-    truncation = _fastest(lambda: gates.truncate(0, opened, shares, step.shift))
-    points = _fastest(lambda: gates.compared_points(step, opened))
-    whole = _fastest(lambda: gates.select(0, step, opened, z, shares, bits))
+    names = [f.name for f in step.share_fields]
+
+    def material() -> Inputs:
+        opened = stream.ring(step.opened_size, ring_bits)
+        z = stream.ring((1, *relu.shape), ring_bits)
+        return opened, z, stream.bits(step.drelus), *(gates.draw(stream, f, 1) for f in step.share_fields)
+
+    def truncated(opened: Any, z: Any, bits: Any, *shares: Any) -> None:
+        gates.truncate(0, opened, dict(zip(names, shares, strict=True)), step.shift)
+
+    def points(opened: Any, *rest: Any) -> None:
+        gates.compared_points(step, opened)
+
+    def selected(opened: Any, z: Any, bits: Any, *shares: Any) -> None:
+        gates.select(0, step, opened, z, dict(zip(names, shares, strict=True)), bits)
+
+    truncation, compared_points, whole = (_cold(loop, material) for loop in (truncated, points, selected))
     size = step.opened_size
     return {
-        "opened": (points + truncation) / size,
+        "opened": (compared_points + truncation) / size,
         "selected": max(0.0, whole - truncation) / size,
         "compared": compared,
         "level": level,
     }
 
 
+def _comparisons(stream: Stream, threads: int) -> tuple[float, float]:
+    """What each takes whatever its width, and a level: the best fit of relative errors."""
+    spent = np.array([_comparison(stream, bits, threads) for bits in WIDTHS])
+    rows = np.array([[1.0, fss.word_levels(bits)] for bits in WIDTHS])
+    compared, level = nnls(rows / spent[:, None], np.ones(len(spent)))[0]
+    return float(compared), float(level)
+
+
 def _comparison(stream: Stream, bits: int, threads: int, count: int = 1 << 13) -> float:
     """Nanoseconds of one party's evaluation of one comparison; the keys' contents do not matter."""
-    key = stream.raw(fss.HASH_KEY_BYTES)
-    words = stream.blocks(fss.word_levels(bits) * count).reshape(-1, count, 2)
-    points, roots, constant = stream.ring(count), stream.blocks(count), stream.bits(count)
-    spent = _fastest(lambda: fss.evaluate(0, points, bits, roots, words, constant, key, threads=threads))
-    return spent / count
+    hash_key = stream.raw(fss.HASH_KEY_BYTES)
+
+    def key() -> Inputs:
+        words = stream.blocks(fss.word_levels(bits) * count).reshape(-1, count, 2)
+        return stream.ring(count), stream.blocks(count), words, stream.bits(count)
+
+    def evaluate(points: Any, roots: Any, words: Any, constant: Any) -> None:
+        fss.evaluate(0, points, bits, roots, words, constant, hash_key, threads=threads)
+
+    return _cold(evaluate, key) / count
 
 
 def session_program() -> Program:
@@ -223,15 +262,16 @@ def session_program() -> Program:
 
 
 def _session(config: MPC, program: Program) -> Times:
-    """What the parties took: the mean of the fastest runs, by batch size and group; offline the dealer."""
-    x = np.zeros((max(BATCHES), *program.input_shape))
+    """What the parties took: the mean of the fastest runs, by case and group; offline the dealer."""
     times = {}
-    with config.open(program, "execute") as session:
-        for batch in BATCHES:
-            session.run(x[:batch])
-            runs = [session.run(x[:batch])[1] for _ in range(REPEATS)]
-            online, dealer = _quiet(runs), groups(_fastest_ops(runs))
-            times[batch] = {g: Cost(online_ms=online[g], offline_ms=dealer[g]) for g in online}
+    for network in (NEAR, FAR):
+        with replace(config, network=network).open(program, "execute") as session:
+            for batch in (b for n, b in CASES if n == network):
+                x = np.zeros((batch, *program.input_shape))
+                session.run(x)
+                runs = [session.run(x)[1] for _ in range(REPEATS)]
+                online, dealer = _quiet(runs), groups(_fastest_ops(runs))
+                times[network, batch] = {g: Cost(online_ms=online[g], offline_ms=dealer[g]) for g in online}
     return times
 
 
@@ -253,7 +293,9 @@ def _quiet(runs: Sequence[Measurement]) -> dict[str, float]:
 def dealt(guess: Profile, schedule: Schedule, times: Times) -> Profile:
     """`guess` with what the dealer's times say beyond the known units: the best fit of relative errors."""
     rows, known, seen = [], [], []
-    for batch, spent in times.items():
+    for (network, batch), spent in times.items():
+        if network != NEAR:  # no message has to come before the dealer works
+            continue
         work: dict[str, dict[str, float]] = {}
         for step in schedule.steps:
             units = work.setdefault(step.op[0], {})
@@ -278,9 +320,9 @@ def fitted(guess: Profile, schedule: Schedule, times: Times) -> Profile:
 
     def residuals(logarithms: NDArray[np.float64]) -> list[float]:
         found = []
-        for batch, spent in times.items():
-            size = partial(frame_bytes, batch=batch)
-            predicted = groups(online_ms(schedule.steps, batch, size, profile(logarithms), Network()))
+        for (network, batch), spent in times.items():
+            size, link = partial(frame_bytes, batch=batch), Network.parse(network)
+            predicted = groups(online_ms(schedule.steps, batch, size, profile(logarithms), link))
             found += [float(np.log(predicted[group] / spent[group].online_ms)) for group in spent]
         return found
 

@@ -37,6 +37,7 @@ class Costs:
     links: Mapping[str, int]
     offline_links: Mapping[str, int]
     setup_links: Mapping[str, int]
+    about: str = ""
 
 
 def costs(program: Program, config: MPC, batch: int = 1) -> Costs:

@@ -160,7 +160,7 @@ def _local(step: Local, batch: Batch) -> None:
 
 def _part(step: Truncate | Gate, share: Tensor) -> Words:
     """The elements of a share that the step opens, flat."""
-    if isinstance(step, Truncate):
+    if isinstance(step, Truncate) or len(step.opened) == step.map_shape[0]:
         return words(share).reshape(-1)
     maps = share.reshape(len(share), *step.map_shape)
     return words(maps[:, list(step.opened)]).reshape(-1)

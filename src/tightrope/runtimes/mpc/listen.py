@@ -89,11 +89,15 @@ class Listener:
             while not stopped.is_set():
                 if not places.acquire(timeout=0.1):
                     continue
-                with suppress(OSError):  # the connection is gone again, or there is no room for it
+                with suppress(OSError, RuntimeError):  # it is gone again, or there is no room, or no thread
                     if poll.poll() != [(alarm.fileno(), select.POLLIN)]:
                         raw, (host, port, *_) = self._socket.accept()
-                        raw.setblocking(True)
-                        threading.Thread(target=prove, args=(raw, f"{host}:{port}"), daemon=True).start()
+                        try:
+                            raw.setblocking(True)
+                            threading.Thread(target=prove, args=(raw, f"{host}:{port}"), daemon=True).start()
+                        except BaseException:
+                            raw.close()
+                            raise
                         continue
                 places.release()
                 stopped.wait(0.01)  # out of descriptors, say: not in a tight loop

@@ -28,6 +28,12 @@ class Network:
         """One way."""
         return self.rtt_ms / 2e3
 
+    @property
+    def piece_bytes(self) -> int:
+        """What a link takes at a time, so that the receiver of a long message sees it come."""
+        least, most = PIECE_BYTES
+        return int(min(max(PIECE_S * self.bits_per_second / 8, least), most))
+
     @classmethod
     def parse(cls, text: str) -> Network:
         """`loopback`, `lan`, `wan`, or bits per second and milliseconds: `1e9,0.5`. Raises InputError."""
@@ -48,6 +54,8 @@ class Network:
         return cls(bits, rtt)
 
 
+PIECE_S = 0.05  # what a piece may take a slow link
+PIECE_BYTES = (1 << 10, 1 << 16)  # the smallest and the largest piece
 LEAST_BITS = 1e3
 MOST_RTT_MS = 1e4
 NETWORKS: Mapping[str, Network] = {

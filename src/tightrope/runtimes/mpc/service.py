@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import IO
 
-from tightrope.errors import InputError, ProtocolError, TightropeError
+from tightrope.errors import ProtocolError, TightropeError
 from tightrope.runtimes.mpc.channel import Channel, Clock
 from tightrope.runtimes.mpc.duties import Duty, House
 from tightrope.runtimes.mpc.frame import ANSWER, ASK
@@ -33,6 +33,7 @@ from tightrope.types import Json
 
 MAX_ORDER_BYTES = 1 << 16
 MAX_WAITING = 64  # connections at the dealer whose counterpart has not come yet
+TRAIL = 4  # lines of code that a bug is traced to
 MAKE_AGAIN_S = 60.0  # after a lot did not fit
 VISITORS: Mapping[Role, tuple[Role, ...]] = {
     "server": ("client",),
@@ -52,7 +53,7 @@ class Log:
     def __call__(self, event: str, **facts: Json) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "role": self._role, "event": event, **facts})
-        with self._lock, suppress(ValueError):  # the stream is closed at the very end
+        with self._lock, suppress(ValueError, OSError):  # closed at the very end; or whoever reads it is gone
             print(line, file=self._stream, flush=True)
 
 
@@ -269,15 +270,17 @@ class Service:
             self._log(event, why=str(error).splitlines(), **facts)
             said = error.what
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            self._log(
-                "bug", why=f"{type(error).__name__}: {error}", at=f"{where.filename}:{where.lineno}", **facts
-            )
+            self._bug(error, **facts)
             said = "an internal error"
         else:
             return
         for channel in channels.values():
             channel.farewell(said)
+
+    def _bug(self, error: Exception, **facts: Json) -> None:
+        """Where it happened and its kind; what it says may hold a value, and is not logged."""
+        trail = [f"{at.filename}:{at.lineno}" for at in traceback.extract_tb(error.__traceback__)]
+        self._log("bug", why=type(error).__name__, at=trail[-TRAIL:], **facts)
 
     def _make_ahead(self) -> None:
         """The dealer keeps as many lots ready as it is told to."""
@@ -300,8 +303,11 @@ class Service:
                         ready=lots.stock.count(fits),
                     )
                     continue
-            except InputError as error:
+            except TightropeError as error:
                 self._log("no_lot", why=str(error).splitlines())
+                pause_s = MAKE_AGAIN_S
+            except Exception as error:
+                self._bug(error)
                 pause_s = MAKE_AGAIN_S
             self._stopping.wait(pause_s)
 

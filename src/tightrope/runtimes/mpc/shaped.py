@@ -5,16 +5,17 @@ A thread hands every piece to the link below when it would have arrived.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from queue import SimpleQueue
 
 from tightrope.runtimes.mpc.channel import STEP_S, Link, LinkError
 from tightrope.runtimes.mpc.network import Network
 
-PIECE_S = 0.05  # what a piece may take a slow link: so often the receiver sees progress
-PIECE_BYTES = (1 << 10, 1 << 16)  # the smallest and the largest piece
+PR_SET_TIMERSLACK = 29  # of Linux's prctl
 LINGER_S = 2.0  # what closing waits beyond the delay for the last frames
 Piece = list[memoryview]
 
@@ -25,9 +26,6 @@ class ShapedLink:
     def __init__(self, link: Link, network: Network) -> None:
         self._link = link
         self._network = network
-        self._piece_bytes = int(
-            min(max(PIECE_S * network.bits_per_second / 8, PIECE_BYTES[0]), PIECE_BYTES[1])
-        )
         self._queue: SimpleQueue[tuple[float, Piece] | threading.Event | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._free_s = 0.0  # when the line has taken all that was sent
@@ -39,7 +37,7 @@ class ShapedLink:
     def send(self, parts: list[memoryview]) -> None:
         self._check()
         with self._lock:
-            for piece in _pieces(parts, self._piece_bytes):
+            for piece in _pieces(parts, self._network.piece_bytes):
                 size = sum(view.nbytes for view in piece)
                 start_s = max(self._free_s, time.monotonic())
                 self._free_s = start_s + size * self._network.ns_per_byte / 1e9
@@ -68,6 +66,8 @@ class ShapedLink:
 
     def _pass_on(self) -> None:
         """The thread. After a failure it only releases those who wait."""
+        with suppress(OSError, AttributeError):  # another system wakes it a little later
+            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()

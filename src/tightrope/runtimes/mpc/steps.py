@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import Literal
 
 from tightrope.program import Conv2d, Linear, Op, Relu
@@ -277,30 +278,30 @@ class Gate(Step):
     def squares(self) -> bool:
         return any(piece.square for piece in self.pieces)
 
-    @property
+    @cached_property
     def map_shape(self) -> tuple[int, int, int]:
         shape = self.kernel.shape
         return (shape[0], shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1, 1)
 
-    @property
+    @cached_property
     def gated(self) -> tuple[int, ...]:
         """Channels that are not the identity."""
         return tuple(c for c, patch in enumerate(self.kernel.patches) if patch != (0, 0))
 
-    @property
+    @cached_property
     def opened(self) -> tuple[int, ...]:
         """Channels in the opening: an identity channel only needs it to be truncated."""
         return tuple(range(len(self.kernel.patches))) if self.shift else self.gated
 
-    @property
+    @cached_property
     def opened_size(self) -> int:
         return len(self.opened) * math.prod(self.map_shape[1:])
 
-    @property
+    @cached_property
     def gated_size(self) -> int:
         return len(self.gated) * math.prod(self.map_shape[1:])
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         return sum(self.kernel.tiles)
 
@@ -314,7 +315,7 @@ class Gate(Step):
         words = Field("words", "block", word_levels(self.bits) * self.tiles)
         return (Field("hash_key", "byte", HASH_KEY_BYTES, fixed=True), words)
 
-    @property
+    @cached_property
     def share_fields(self) -> tuple[Field, ...]:
         """What the dealer shares: the client draws its part from its stream, the server is sent the rest.
 
@@ -343,7 +344,7 @@ class Gate(Step):
             *opening,
         )
 
-    @property
+    @cached_property
     def online(self) -> tuple[tuple[Message, ...], ...]:
         bits = exchange(Tag.BITS, Field("bits", "bit", self.drelus))
         return (masked_opening(self.input, self.opened_size)[1], bits)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 NAME = re.compile(f"[0-9a-f]{{{2 * SESSION_BYTES}}}")
 UNFINISHED, GIVEN = ".unfinished-", ".given-"
+OURS = re.compile(f"({re.escape(UNFINISHED)}|{re.escape(GIVEN)})?{NAME.pattern}")  # no other name is touched
 DIGEST_BYTES = 32
 DAY_S = 86400.0
 
@@ -141,10 +142,16 @@ class Stock:
         self._promised = 0  # bytes of lots under way
         with _readable_errors(self.path):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self.path.stat().st_mode & 0o077:
+            found = self.path.stat()
+            if found.st_mode & 0o077:
                 raise InputError(
                     "others may read the stock", where=str(self.path), fix=f"chmod 700 {self.path}"
                 )
+            if found.st_uid != os.geteuid():
+                raise InputError(
+                    "the stock belongs to another user", where=str(self.path), got=f"user id {found.st_uid}",
+                    allowed=os.geteuid(), fix="a directory of your own",
+                )  # fmt: skip
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,21 +160,32 @@ class Stock:
                 raise InputError(
                     "another process uses this stock", where=str(self.path), fix="wait, or another directory"
                 ) from None
-            found = {path: _load(path) for path in sorted(self.path.iterdir())}
-            for (
-                path,
-                lot,
-            ) in found.items():  # what an interrupted process left, or nobody can read for certain
-                if path.name.startswith(".") or (NAME.fullmatch(path.name) and lot is None):
-                    _remove(path)
-            if not (self.path / "owner").exists():
-                write_private(self.path / "owner", secrets.token_hex(SESSION_BYTES).encode())
-            self.owner = (self.path / "owner").read_text()
-        self._lots = {lot.name: lot for lot in found.values() if lot is not None}
-        self.forget(lambda lot: lot.left == 0 or lot.about.made < time.time() - settings.keep_days * DAY_S)
+            try:
+                self._lots = self._read()
+                self.forget(lambda lot: lot.left == 0 or self._outdated(lot))
+            except BaseException:
+                self.close()
+                raise
+
+    def _read(self) -> dict[str, Lot]:
+        """What is there, without what an interrupted process left or nobody can read for certain."""
+        lots = {path: _load(path) for path in sorted(self.path.iterdir()) if OURS.fullmatch(path.name)}
+        for path, lot in lots.items():
+            if lot is None:
+                _remove(path)
+        if not (self.path / "owner").exists():
+            write_private(self.path / "owner", secrets.token_hex(SESSION_BYTES).encode())
+        self.owner = (self.path / "owner").read_text(errors="replace")
+        if not NAME.fullmatch(self.owner):
+            raise InputError(
+                "the stock is damaged", where=str(self.path / "owner"), got=self.owner[:64],
+                fix="a new directory; what is in this one cannot be used",
+            )  # fmt: skip
+        return {lot.name: lot for lot in lots.values() if lot is not None}
 
     def lots(self, terms: Mapping[str, Json], owner: str, weights: str = "") -> dict[str, Lot]:
         """Lots with material left that fit the program, the settings, and at the server its weights."""
+        self.forget(self._outdated)
         with self._guard:
             return {
                 name: lot
@@ -250,6 +268,7 @@ class Stock:
 
     def claim(self, wanted: Callable[[Lot], bool]) -> Lot | None:
         """A lot to give away: from now on in no stock, whatever happens to it. `discard` it afterwards."""
+        self.forget(self._outdated)
         with self._guard, _readable_errors(self.path):
             lot = next((lot for lot in self._lots.values() if wanted(lot)), None)
             if lot is not None:
@@ -262,6 +281,9 @@ class Stock:
 
     def close(self) -> None:
         os.close(self._lock)
+
+    def _outdated(self, lot: Lot) -> bool:
+        return lot.about.made < time.time() - self.settings.keep_days * DAY_S
 
     def _seen(self) -> list[str]:
         path = self.path / "seen"

@@ -27,19 +27,23 @@ Moves = Iterable[tuple[str, Sequence[Part], Sequence[tuple[Message, ...]]]]
 class Profile:
     """Nanoseconds that a unit of work takes a party, in one ring. `calibrate` measures; `host` says where.
 
-    frame: a message's way to the other process, whatever its size; byte: of a message, at both ends;
+    frame: a message's way to the other process, whatever its size; late: what it takes longer over a network
+    than delay and bandwidth say, as timers and idle processors wake late; byte: of a message, at both ends;
     step, gate: the fixed part of a step, of a `Gate`; mac: a multiplication in the ring with its addition;
-    gathered: a value that a convolution collects, once per group; element: read and written in a local step;
+    row: a weight of a convolution times all that it meets in a sample; gathered: a value that a convolution
+    collects, once per group; element: read and written in a local step;
     opened: masked, summed over its tile and truncated; selected: multiplied with the bit of its tile;
     compared: a DReLU; level: one level of its tree. Offline: deal: the fixed part of a step; drawn: a byte of
     a keystream; shared: an element that the dealer shares; keyed: one level of a key that it makes.
     """
 
     frame: float
+    late: float
     byte: float
     step: float
     gate: float
     mac: float
+    row: float
     gathered: float
     element: float
     opened: float
@@ -64,7 +68,13 @@ class Profile:
     @property
     def variable(self) -> Profile:
         """Without what a step takes whatever its size."""
-        return replace(self, frame=0.0, step=0.0, gate=0.0, deal=0.0)
+        return replace(self, frame=0.0, late=0.0, step=0.0, gate=0.0, deal=0.0)
+
+    @property
+    def cores(self) -> int:
+        """Of the machine, as far as a run's three processes can use them."""
+        found = self.host.get("cores")
+        return min(found, len(ROLES)) if type(found) is int and found > 0 else len(ROLES)
 
     @property
     def units(self) -> dict[str, float]:
@@ -107,23 +117,38 @@ def online_ms(
 def offline_ms(
     steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network
 ) -> dict[str, float]:
-    """As `online_ms`; the dealer, who waits for nobody, runs ahead of the others."""
+    """As `online_ms`; the dealer, who waits for nobody, runs ahead of the others. All three have enough to do
+    to fill a machine with fewer cores: then what they do in all takes longer than any chain of it."""
+    busy_ns = 0.0
 
     def moves() -> Moves:
+        nonlocal busy_ns
         for step in steps:
+            busy_ns += profile.byte * sum(map(size, step.offline))
+            for part in OFFLINE[type(step)](step, batch):
+                busy_ns += sum(map(profile.ns, part.values()))
             dealt = tuple(m for m in step.offline if m.sender == "dealer")
             ahead = tuple(m for m in step.offline if m.sender != "dealer")
             yield step.op, (*OFFLINE[type(step)](step, batch), {}), (dealt, ahead)
 
-    return _passed(moves(), size, profile, network)
+    spent = _passed(moves(), size, profile, network)
+    least_ms, whole_ms = busy_ns / profile.cores / 1e6, sum(spent.values())
+    stretch = max(1.0, least_ms / whole_ms) if whole_ms else 1.0
+    return {op: ms * stretch for op, ms in spent.items()}
 
 
 def _passed(moves: Moves, size: Size, profile: Profile, network: Network) -> dict[str, float]:
-    """Parts and the exchanges between them, in turn. Every link carries one message after the other."""
+    """Parts and the exchanges between them, in turn. Every link carries one message after the other.
+
+    Over a network a message's end, a piece of it at most, is handled when all of it is there.
+    """
     clock: dict[Role, float] = dict.fromkeys(ROLES, 0.0)
     left: dict[tuple[Role, Role], float] = {}  # when the last message had left, by link
     per_byte = max(profile.byte, network.ns_per_byte)
-    delay = profile.frame + network.delay_s * 1e9
+    delay, piece_bytes = profile.frame, 0
+    if network != Network():
+        delay += profile.late + network.delay_s * 1e9
+        piece_bytes = network.piece_bytes
     spent: dict[str, float] = {}
     for op, parts, exchanges in moves:
         before = max(clock.values())
@@ -134,6 +159,7 @@ def _passed(moves: Moves, size: Size, profile: Profile, network: Network) -> dic
                 link = (m.sender, m.receiver)
                 left[link] = max(left.get(link, 0.0), clock[m.sender]) + size(m) * per_byte
             for m in exchange:
-                clock[m.receiver] = max(clock[m.receiver], left[m.sender, m.receiver] + delay)
+                end = profile.byte * min(size(m), piece_bytes)
+                clock[m.receiver] = max(clock[m.receiver], left[m.sender, m.receiver] + delay + end)
         spent[op] = spent.get(op, 0.0) + max(clock.values()) - before
     return {op: ns / 1e6 for op, ns in spent.items()}

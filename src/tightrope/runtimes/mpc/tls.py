@@ -1,9 +1,10 @@
 """Channels over TCP with mutually authenticated TLS 1.3.
 
-Each link has one socket. A thread of its own sends, so that two parties that send to each other at the same
-time cannot block one another; the caller receives straight into its buffers. OpenSSL's connection object must
-not be entered by two threads at once, so the socket never blocks: every call into it is short and under a
-lock, and the waiting happens outside, in poll.
+Each link has one socket. Who sends hands to the kernel what it takes at once, a thread of the link's own the
+rest, so that two parties that send to each other at the same time cannot block one another; the caller
+receives straight into its buffers. OpenSSL's connection object must not be entered by two threads at once, so
+the socket never blocks: every call into it is short and under a lock, and the waiting happens outside, in
+poll.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from tightrope.runtimes.mpc.frame import VERSION
 from tightrope.runtimes.mpc.keys import Role, fingerprint, peer_role
 
 RECORD_BYTES = 1 << 14  # the largest TLS record, RFC 8446 section 5.1
+MAX_RECORDS = 1 << 24  # under one AES-GCM key, RFC 8446 section 5.5; the ssl module cannot ask for another
+DIRECT_BYTES = 1 << 17  # what the caller encrypts: waking a thread takes as long as encrypting this
 LINGER_S = 2.0  # what a closing party still waits for its last frames to leave
 RETRY_S = 0.05
 HELLO_BYTES = 32
@@ -41,6 +44,9 @@ class TlsLink:
         self._socket = connection
         self._timeout_s = timeout_s
         self._inside = threading.Lock()
+        self._records = 0  # encrypted so far
+        self._turn = threading.Lock()  # of those who send; frames keep their order
+        self._pending = 0  # frames that the thread has not sent completely
         self._queue: SimpleQueue[list[memoryview] | threading.Event | None] = SimpleQueue()
         self._failure: str | None = None
         self._sender = threading.Thread(target=self._send_queued, name="tightrope-send", daemon=True)
@@ -48,7 +54,13 @@ class TlsLink:
 
     def send(self, parts: list[memoryview]) -> None:
         self._check_sender()
-        self._queue.put(parts)
+        rest = _records(parts)
+        with self._turn:
+            if not self._pending and sum(view.nbytes for view in rest) <= DIRECT_BYTES:
+                rest = self._send_now(rest)
+            if rest:
+                self._pending += 1
+                self._queue.put(rest)
 
     def recv_into(self, target: memoryview, silence_s: float | None = None) -> None:
         while target:
@@ -65,6 +77,9 @@ class TlsLink:
                 target = target[size:]
 
     def flush(self) -> None:
+        with self._turn:
+            if not self._pending:
+                return self._check_sender()
         done = threading.Event()
         self._queue.put(done)
         if not done.wait(STEP_S):  # the sender itself notices a peer that is gone
@@ -92,16 +107,42 @@ class TlsLink:
                 item.set()
             elif self._failure is None:
                 try:
-                    for view in _records(item):
+                    for view in item:
                         self._send_all(view)
                 except LinkError as error:
                     self._failure = str(error)
+                with self._turn:
+                    self._pending -= 1
+
+    def _send_now(self, views: list[memoryview]) -> list[memoryview]:
+        """What the kernel does not take at once; the first of it must be the next to be sent."""
+        rest = [view for view in views if view]
+        while rest:
+            try:
+                size = self._push(rest[0])
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                break
+            except (OSError, ValueError) as error:
+                self._failure = _reason(error)
+                raise LinkError(self._failure) from error
+            rest[0] = rest[0][size:]
+            if not rest[0]:
+                rest.pop(0)
+        return rest
+
+    def _push(self, view: memoryview) -> int:
+        """Encrypt the front of it for the kernel, which takes so many bytes."""
+        with self._inside:
+            if self._records >= MAX_RECORDS:
+                raise LinkError("this connection's key has encrypted all that it may; begin a new session")
+            size = self._socket.send(view)
+            self._records += -(-size // RECORD_BYTES)
+        return size
 
     def _send_all(self, view: memoryview) -> None:
         while view:
             try:
-                with self._inside:
-                    size = self._socket.send(view)
+                size = self._push(view)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
                 self._wait(wanted, self._timeout_s)
             except (OSError, ValueError) as error:

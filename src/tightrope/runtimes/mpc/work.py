@@ -58,8 +58,11 @@ def _open(step: Open, batch: int) -> tuple[Part, ...]:
 def _product_of_layer(step: Multiply, batch: int) -> dict[str, float]:
     kernel = step.kernel
     macs = batch * math.prod(kernel.weight_shape) * step.output.size // kernel.weight_shape[0]
-    gathered = macs / kernel.weight_shape[0] * kernel.groups if isinstance(kernel, Conv2d) else 0.0
-    return {"mac": macs, "gathered": gathered, "element": 2.0 * batch * step.output.size}
+    work = {"mac": macs, "element": 2.0 * batch * step.output.size}
+    if isinstance(kernel, Conv2d):
+        work["row"] = batch * math.prod(kernel.weight_shape)
+        work["gathered"] = macs / kernel.weight_shape[0] * kernel.groups
+    return work
 
 
 def _multiply(step: Multiply, batch: int) -> tuple[Part, ...]:

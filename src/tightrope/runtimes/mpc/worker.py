@@ -35,6 +35,7 @@ from tightrope.types import Json
 
 HOST = "127.0.0.1"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+SWITCH_S = 5e-5  # the interpreter's default is 5 ms, as long as a layer takes
 CONNECT_S = 10.0
 Peers = Mapping[Role, tuple[Role, ...]]
 CONNECTS: Peers = {"client": ("server", "dealer"), "server": ("dealer",), "dealer": ()}
@@ -58,12 +59,14 @@ class Replies:
             self.write({"beat": True})
 
 
-def keep_memory() -> None:
-    """Have glibc use freed arrays again instead of giving them back to the system.
+def tune_process() -> None:
+    """Make this process a party's: have glibc use freed arrays again instead of giving them back to the
+    system, and threads that send take their turn soon.
 
     The first touch of fresh pages costs more than all that is computed on them; a batch needs as much as the
-    one before.
+    one before. A frame whose thread waits for the interpreter makes the peer wait too.
     """
+    sys.setswitchinterval(SWITCH_S)
     with suppress(OSError, AttributeError):  # another C library does as it likes
         glibc = ctypes.CDLL(None)
         glibc.mallopt(M_MMAP_MAX, 0)
@@ -72,7 +75,7 @@ def keep_memory() -> None:
 
 def main() -> int:
     """Obey commands until told to close. Exit status 1 after a failure, which is reported first."""
-    keep_memory()
+    tune_process()
     replies = Replies(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # whatever a library prints must not get between the replies
     commands: SimpleQueue[Command] = SimpleQueue()

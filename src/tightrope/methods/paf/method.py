@@ -1,0 +1,230 @@
+"""Choose per activation the polynomial that stands for it (SmartPAF 2024; OLA 2023 for the choice)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tightrope.data import Data
+from tightrope.errors import InputError, TraceError
+from tightrope.graph import Graph
+from tightrope.lower import lower
+from tightrope.methods import CostModel, Curve, Progress
+from tightrope.methods.paf.controls import controls
+from tightrope.methods.paf.options import TARGETS, Fitted, fit, matching, offered, structure
+from tightrope.methods.paf.sites import distortions, histograms
+from tightrope.nn.polynomial import PolynomialActivation, composite
+from tightrope.place import Rewrite, place
+from tightrope.program import Op, Polynomial, Program
+from tightrope.shard import Shard
+from tightrope.solve.along import levels
+from tightrope.types import ADDITIVE, ALONG, Budget, Json, Problem, Site, Step, Table, total
+
+SINGLE = Shard()
+SHOWN_BEYOND = 1e-4  # a larger share of inputs beyond the scale is noted
+DRAWN = 101  # points of a picture
+Picked = Mapping[str, NDArray[np.intp]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PafMethod:
+    """Configuration and method in one.
+
+    `sites`: shell patterns of the activations to decide; the others stay as they are. `polynomials`: shell
+    patterns of the library's names, separated by semicolons. `samples`: training images behind histograms and
+    losses. `margin`: the scale of a site over the largest input seen there.
+    """
+
+    sites: str = "*"
+    polynomials: str = "*"
+    samples: int = 256
+    batch_size: int = 64
+    margin: float = 1.0
+    seed: int = 0
+
+    name: ClassVar[str] = "paf"
+    noun: ClassVar[str] = "polynomial"
+    runtime: ClassVar[str] = "ckks"
+
+    def __post_init__(self) -> None:
+        for key in ("samples", "batch_size"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key} must be positive", got=getattr(self, key))
+        if self.seed < 0:
+            raise InputError("seed must not be negative", got=self.seed)
+        if not 0.1 <= self.margin <= 10:
+            raise InputError("the margin is out of range", got=self.margin, allowed="0.1 to 10")
+        matching(self.polynomials)
+
+    def measure(
+        self,
+        graph: Graph,
+        data: Data,
+        *,
+        cost: CostModel,
+        workdir: Path | None,
+        progress: Progress,
+        feasible: Callable[[Problem], object] = lambda _: None,
+        shard: Shard = SINGLE,
+    ) -> Problem:
+        """Predicted loss and cost of every polynomial of every site.
+
+        The loss is the mean squared change of the network's outputs with that site alone replaced.
+        `feasible` is called with all losses 0 before anything is measured. Raises TraceError when the network
+        cannot be priced, InputError for sites and polynomials that do not exist.
+        """
+        names = matching(self.polynomials)
+        sites = graph.match(self.sites, tuple(TARGETS))
+        labels = {s.name: offered(s.kind, names) for s in sites}
+        for site in sites:
+            if not labels[site.name]:
+                raise InputError(
+                    "no polynomial can stand for this activation",
+                    where=site.name,
+                    got=f"{site.kind}, {self.polynomials}",
+                    fix="--set polynomials='degree *'",
+                )
+        unmeasured = _priced(graph, sites, labels, cost, self.rewrite)
+        feasible(unmeasured)
+        seen = histograms(graph, sites, self._images(data, SINGLE))
+        progress("histograms", 1, 1)
+        fits: dict[str, dict[str, Fitted]] = {}
+        for k, site in enumerate(sites):
+            histogram, largest = seen[site.name]
+            scale = self.margin * largest
+            fits[site.name] = {name: fit(site.kind, name, histogram, scale) for name in labels[site.name]}
+            progress("coefficients", k + 1, len(sites))
+        choices = {s: [f.choice(name) for name, f in found.items()] for s, found in fits.items()}
+        graph.module.to(shard.device)
+        sums, images = distortions(
+            graph,
+            choices,
+            self.rewrite,
+            self._images(data, shard),
+            done=lambda done, of: progress("loss of every polynomial", done, of),
+        )
+        (count,) = shard.total(torch.tensor([float(images)])).tolist()
+        losses = {s: shard.total(torch.tensor(v)).numpy() / count for s, v in sums.items()}
+        meta = {
+            "method": self.name,
+            "config": asdict(self),
+            "prepared": {},
+            "sites": {s.name: list(s.shape) for s in sites},
+            "kinds": {s.name: s.kind for s in sites},
+            "fits": {s: {name: f.to_json() for name, f in found.items()} for s, found in fits.items()},
+        }
+        tables = tuple(replace(t, loss=losses[t.site][None, :]) for t in unmeasured.tables)
+        return replace(unmeasured, tables=tables, meta=meta)
+
+    def _images(self, data: Data, shard: Shard) -> Iterator[Tensor]:
+        batches = data.batches(
+            "train",
+            self.batch_size,
+            shuffle=True,
+            seed=self.seed,
+            limit=self.samples,
+            rank=shard.rank,
+            world=shard.world,
+        )
+        return (x.to(shard.device) for x, _ in batches)
+
+    def choices(self, problem: Problem, picked: Picked) -> dict[str, Json]:
+        """{site: {"polynomial": name, "stages": coefficients, "gated": ..., "scale": ...}}."""
+        chosen = {}
+        for table in problem.tables:
+            name = table.labels[int(picked[table.site][0])]
+            found = problem.meta["fits"][table.site][name]
+            chosen[table.site] = {"polynomial": name} | {k: found[k] for k in ("stages", "gated", "scale")}
+        return chosen
+
+    def options(self, choice: Json) -> tuple[str, ...]:
+        return (str(choice["polynomial"]),)
+
+    def picture(self, problem: Problem, site: str, label: str) -> Curve:
+        found = problem.meta["fits"][site][label]
+        x = np.linspace(-found["scale"], found["scale"], DRAWN)
+        y = composite([torch.tensor(stage) for stage in found["stages"]], torch.tensor(x / found["scale"]))
+        value = y[-1].numpy() * (x if found["gated"] else 1.0)
+        exact = TARGETS[problem.meta["kinds"][site]](x)
+        return Curve(*(tuple(map(float, values)) for values in (x, value, exact)))
+
+    def notes(self, problem: Problem, picked: Picked) -> tuple[str, ...]:
+        """Where inputs beyond the scale were seen."""
+        found = []
+        for site, choice in self.choices(problem, picked).items():
+            beyond = problem.meta["fits"][site][choice["polynomial"]]["beyond"]
+            if beyond > SHOWN_BEYOND:
+                found.append(f"{site}: {beyond:.2%} of the measured inputs lie beyond the scale")
+        return tuple(found)
+
+    def controls(self, problem: Problem, budget: Budget) -> dict[str, Picked]:
+        """See `tightrope.methods.paf.controls`."""
+        return controls(problem, budget, self.seed)
+
+    def rewrite(self, site: Site, module: nn.Module, choice: Json) -> nn.Module:
+        if "polynomial" not in choice:
+            raise InputError("paf does not know this choice", where=site.name, got=choice)
+        return PolynomialActivation(choice["stages"], gated=choice["gated"], scale=float(choice["scale"]))
+
+
+def _priced(
+    graph: Graph,
+    sites: Sequence[Site],
+    labels: Mapping[str, Sequence[str]],
+    cost: CostModel,
+    rewrite: Rewrite,
+) -> Problem:
+    """Options and their prices. Levels follow the graph of the network with polynomials in it.
+
+    The baseline is the unchanged network, with the levels of the dearest polynomials; where the runtime
+    cannot execute that, the network with the dearest polynomials altogether.
+    """
+    program = _structure(graph, {name: found[-1] for name, found in labels.items()}, rewrite)
+    spent = cost.prices(program)
+    ops = {s.name: program.op(s.name) for s in sites}
+    prices = {name: [cost.price(_as(op, label)) for label in labels[name]] for name, op in ops.items()}
+    tables = []
+    for name, costs in prices.items():
+        priced = {m: np.array([getattr(c, m) for c in costs], np.float64) for m in (*ADDITIVE, *ALONG)}
+        kept = {m: v for m, v in priced.items() if m == "drelus" or v.any()}
+        tables.append(Table(name, tuple(labels[name]), np.zeros((1, len(costs))), kept))
+    steps = tuple(
+        Step(
+            op.name,
+            tuple("" if value == Program.INPUT else value for value in op.inputs),
+            0 if op.name in ops else int(spent[op.name].ckks_levels),
+        )
+        for op in program.ops
+    )
+    try:
+        original = lower(graph.module, graph.input_shape)
+        baseline = total(cost.prices(original).values())
+        fixed = baseline + total(cost.price(original.op(name)) for name in ops).scaled(-1)
+    except TraceError:
+        fixed = total(spent.values()) + total(costs[-1] for costs in prices.values()).scaled(-1)
+        baseline = fixed + total(costs[0] for costs in prices.values())
+    problem = Problem(tuple(tables), replace(fixed, ckks_levels=0), baseline, {"prepared": {}}, steps)
+    deepest = levels(problem, dict.fromkeys(ops, 0))
+    return replace(problem, baseline=replace(baseline, ckks_levels=deepest))
+
+
+def _structure(graph: Graph, names: Mapping[str, str], rewrite: Rewrite) -> Program:
+    """The lowered network with these polynomials; their coefficients are not known yet."""
+    choices = {}
+    for site, name in names.items():
+        degrees, gated = structure(name)
+        zeros = [[0.0] * (degree + 1) for degree in degrees]
+        choices[site] = {"polynomial": name, "stages": zeros, "gated": gated, "scale": 1.0}
+    return lower(place(graph, choices, rewrite).module, graph.input_shape)
+
+
+def _as(op: Op, name: str) -> Polynomial:
+    degrees, gated = structure(name)
+    return Polynomial(name=op.name, inputs=op.inputs, shape=op.shape, stages=degrees, gated=gated)

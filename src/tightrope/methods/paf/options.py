@@ -1,0 +1,105 @@
+"""What may stand at a site: every polynomial of the library, fitted to what the site sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from tightrope.errors import InputError, near
+from tightrope.methods.paf import library
+from tightrope.methods.paf.library import MINIMAX, Array, Paf, paf
+from tightrope.methods.paf.tuning import Histogram, measure, tune
+from tightrope.types import Json
+
+TRIES, FLOOR = 3, 0.01  # changed starts of a fit; weight where the histogram is empty
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
+
+
+TARGETS: dict[str, Callable[[Array], Array]] = {  # kind of a site -> what it computes
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "hard_swish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "silu": lambda x: x * _sigmoid(x),
+}
+
+
+def matching(patterns: str) -> tuple[str, ...]:
+    """The polynomials that match one of the shell patterns, separated by semicolons, the dearest first.
+
+    Raises InputError for a pattern that matches none.
+    """
+    names, found = library.names(), set[str]()
+    for pattern in patterns.split(";"):
+        hits = {name for name in names if fnmatchcase(name, pattern.strip())}
+        if not hits:
+            raise InputError(
+                "the pattern matches no polynomial", got=repr(pattern.strip()), allowed=near(pattern, names)
+            )
+        found |= hits
+    return tuple(name for name in reversed(names) if name in found)
+
+
+def offered(kind: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that can stand for an activation of this kind.
+
+    A composite approximates the sign, of which ReLU is made; the others are fitted directly.
+    """
+    return tuple(name for name in names if kind == "relu" or not paf(name).gated)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """y = p(x / scale), or x * p(x / scale) if `gated`: the coefficients of p's stages, ascending.
+
+    `rmse` is in units of the activation on the histogram, `beyond` the share of inputs outside the scale.
+    """
+
+    stages: tuple[tuple[float, ...], ...]
+    gated: bool
+    scale: float
+    rmse: float
+    beyond: float
+
+    def choice(self, name: str) -> dict[str, Json]:
+        """What a plan says of a site."""
+        stages = [list(stage) for stage in self.stages]
+        return {"polynomial": name, "stages": stages, "gated": self.gated, "scale": self.scale}
+
+    def to_json(self) -> dict[str, Json]:
+        return self.choice("") | {"rmse": self.rmse, "beyond": self.beyond}
+
+
+def structure(name: str) -> tuple[tuple[int, ...], bool]:
+    """Degrees of the stages, and whether the last is multiplied with the input: all that decides a cost."""
+    return paf(name).degrees, paf(name).gated
+
+
+def fit(kind: str, name: str, histogram: Histogram, scale: float) -> Fitted:
+    """The polynomial `name` for an activation of this kind, tuned to the histogram.
+
+    Minimax composites stay as they are: within 2^-10 and better there is nothing to tune.
+    """
+    target = TARGETS[kind]
+    start = paf(name)
+    if name in MINIMAX:
+        found = measure(start, histogram, scale, target)
+    else:
+        starts = [start] if name == "a7" or not start.gated else [start, paf(name, published=True)]
+        found = tune(starts, histogram, scale, target, tries=TRIES, floor=FLOOR)
+    return Fitted(_inserted(found.paf, scale), start.gated, scale, found.rmse, histogram.beyond(scale))
+
+
+def _inserted(found: Paf, scale: float) -> tuple[tuple[float, ...], ...]:
+    """As a layer holds it: (1 + sign) / 2 in the gate, and in units of the activation where there is none."""
+    *first, last = found.stages
+    if not found.gated:
+        return (*first, tuple(scale * c for c in last))
+    half = [c / 2 for c in last]
+    half[0] += 0.5
+    return (*first, tuple(half))

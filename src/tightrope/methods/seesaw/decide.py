@@ -1,0 +1,233 @@
+"""From a trained supernet to one network: which operators go, and which options a budget pays for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tightrope.errors import BudgetError
+from tightrope.methods.seesaw.prices import Prices, burden
+from tightrope.methods.seesaw.supernet import Mixture, Supernet
+from tightrope.solve.exact import Picked, fit
+from tightrope.solve.select import Selection, select
+from tightrope.types import Budget, Cost, FloatArray, Limit, Problem, Table, total
+
+ROOM = 0.7  # of a limit may go to what no ReLU decides
+LEAST = 1e-12
+
+
+@dataclass
+class Judge:
+    """Cross-entropy of the supernet as it is set, on a few held-out batches."""
+
+    net: Supernet
+    batches: Sequence[tuple[Tensor, Tensor]]
+
+    def __call__(self) -> float:
+        losses, seen = 0.0, 0
+        with batch_statistics(self.net), torch.no_grad():
+            for x, y in self.batches:
+                losses += float(F.cross_entropy(self.net(x).float(), y)) * len(y)
+                seen += len(y)
+        return losses / seen
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch-norm by the batch itself, since running statistics are of other branches; these stay."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m, m.training, m.momentum) for m in norms]
+    training = model.training
+    try:
+        model.train()
+        for m in norms:
+            m.momentum = 0.0
+        yield
+    finally:
+        model.train(training)
+        for m, mode, momentum in before:
+            m.momentum = momentum
+            m.train(mode)
+
+
+def settle(net: Supernet, options: Sequence[int] | None = None) -> None:
+    """All operators that are left, and these options; None: the likeliest."""
+    for mixture in net.mixtures:
+        mixture.picked = mixture.alive
+    choices = net.choices.values()
+    if options is None:
+        options = [int(c.logits.argmax()) for c in choices]
+    for choice, k in zip(choices, options, strict=True):
+        choice.fix(k)
+
+
+def importances(mixture: Mixture, judge: Callable[[], float]) -> dict[int, float]:
+    """By how much the loss grows without each operator, the others renormalised; one is not offered."""
+    felt = {}
+    base = judge()
+    for k in mixture.alive:
+        rest = [j for j in mixture.alive if j != k]
+        if any(mixture.names[j] != "none" for j in rest):
+            mixture.picked = rest
+            felt[k] = judge() - base
+    mixture.picked = mixture.alive
+    real = [k for k in felt if mixture.names[k] != "none"]
+    if len(real) == sum(mixture.names[k] != "none" for k in mixture.alive):
+        felt.pop(max(real, key=lambda k: felt[k]), None)
+    return felt
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`metric <= limit`, at most `macs` multiplications, linear work at most `balance` times the other."""
+
+    metric: str
+    limit: float
+    macs: float
+    balance: float
+
+    def comparisons(self, prices: Prices) -> float:
+        """About how many DReLUs the limit pays for."""
+        one = prices.option("block1", ("", True))
+        return self.limit * one.drelus / max(float(getattr(one, self.metric)), LEAST)
+
+
+def prune(net: Supernet, prices: Prices, wanted: Wanted, judge: Callable[[], float]) -> bool:
+    """Drop operators by what they are worth against what they cost, until the linear work fits.
+
+    What an operator costs is what its block costs more with it, merged with the others. False if even one
+    operator a block is too much for the balance, or leaves little of the limit. Raises BudgetError when it
+    is too many multiplications.
+    """
+    stages, drelus = prices.space.stages(), wanted.comparisons(prices)
+    felt: dict[int, dict[int, float]] = {}
+    while not _fits(net, prices, wanted, drelus):
+        settle(net)
+        best: tuple[float, int, int] | None = None
+        for b, (stage, mixture) in enumerate(zip(stages, net.mixtures, strict=True)):
+            if b not in felt:
+                felt[b] = importances(mixture, judge)
+            now = burden(prices.block(stage, _real(mixture)))
+            for k, loss in felt[b].items():
+                saved = max(now - burden(prices.block(stage, _real(mixture, k))), 1e-3 * now, LEAST)
+                worth = loss / saved if loss > 0 else loss * saved
+                if best is None or worth < best[0]:
+                    best = (worth, b, k)
+        if best is None:
+            if math.isfinite(wanted.macs) and _linear(net, prices).macs > wanted.macs:
+                raise _too_many(prices, net, wanted)
+            return False
+        _, b, k = best
+        net.mixtures[b].drop(k)
+        del felt[b]
+    return True
+
+
+def _real(mixture: Mixture, without: int = -1) -> list[str]:
+    return [mixture.names[k] for k in mixture.alive if k != without and mixture.names[k] != "none"]
+
+
+def _linear(net: Supernet, prices: Prices) -> Cost:
+    blocks = zip(prices.space.stages(), net.mixtures, strict=True)
+    return prices.fixed + total(prices.block(stage, _real(m)) for stage, m in blocks)
+
+
+def _fits(net: Supernet, prices: Prices, wanted: Wanted, drelus: float) -> bool:
+    linear = _linear(net, prices)
+    network = net.architecture([0] * len(net.choices))
+    return (
+        linear.macs <= wanted.macs
+        and (wanted.metric == "drelus" or getattr(linear, wanted.metric) <= ROOM * wanted.limit)
+        and prices.balance(network, drelus) <= wanted.balance
+    )
+
+
+def _too_many(prices: Prices, net: Supernet, wanted: Wanted) -> BudgetError:
+    return BudgetError(
+        "the space has no network with so few multiplications",
+        got=f"macs<={wanted.macs:,.15g}",
+        allowed=f"about {_linear(net, prices).macs:,.0f} with one operator a block",
+        fix="a smaller --set width=VALUE, fewer blocks, or cheaper operators",
+    )
+
+
+def project(
+    net: Supernet, prices: Prices, wanted: Wanted, judge: Callable[[], float], *, rounds: int
+) -> list[int]:
+    """The options of every choice, within the limit for certain: the likeliest first, then by measuring.
+
+    In each round every option is tried alone and the knapsack solved with what the loss then was; the answer
+    counts where it is really better. Raises BudgetError when no options meet the limit.
+    """
+    likely = {s: -c.probabilities().detach().clamp_min(1e-30).log().cpu().double().numpy()
+              for s, c in net.choices.items()}  # fmt: skip
+    options = _solve(net, prices, wanted, likely)
+    settle(net, options)
+    loss = judge()
+    for _ in range(rounds):
+        measured = {}
+        for n, (site, choice) in enumerate(net.choices.items()):
+            row = np.full(len(choice.options), loss)
+            for k in range(len(row)):
+                if k != options[n]:
+                    settle(net, [*options[:n], k, *options[n + 1 :]])
+                    row[k] = judge()
+            measured[site] = row - loss
+        other = _solve(net, prices, wanted, measured)
+        settle(net, other)
+        found = judge()
+        if other == options or found >= loss:
+            break
+        options, loss = other, found
+    settle(net, options)
+    return options
+
+
+def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, FloatArray]) -> list[int]:
+    tables = []
+    for site, choice in net.choices.items():
+        costs = [prices.option(site, option) for option in choice.options]
+        labels = tuple(f"{pool} {'relu' if relu else 'identity'}".strip() for pool, relu in choice.options)
+        priced = {
+            m: np.array([getattr(cost, m) for cost in costs], np.float64) for m in {"drelus", wanted.metric}
+        }
+        tables.append(Table(site, labels, losses[site][None], priced))
+    problem = Problem(tuple(tables), _linear(net, prices), Cost())
+    budget = Budget((Limit(wanted.metric, wanted.limit),))
+
+    def picks(picked: Picked) -> list[int]:
+        return [int(picked[table.site][0]) for table in tables]
+
+    def exact(picked: Picked) -> Cost:
+        return prices.exact(net.extract(net.architecture(picks(picked))))
+
+    try:
+        found: Selection = (
+            select(problem, budget) if wanted.metric == "drelus" else fit(problem, budget, exact).selection
+        )
+    except BudgetError as error:
+        raise floor(prices, wanted, str(error)) from error
+    return picks(found.picked)
+
+
+def floor(prices: Prices, wanted: Wanted, why: str) -> BudgetError:
+    """The error for a limit that no options meet."""
+    space = prices.space
+    lowest = space.least == 0 or wanted.metric != "drelus"
+    return BudgetError(
+        "no network of the space meets the budget",
+        got=f"{wanted.metric}<={wanted.limit:,.15g}",
+        allowed=f"{space.least:,} DReLUs are in its aggregates whatever is chosen"
+        if wanted.metric == "drelus"
+        else why.split("allowed: ")[-1].split("\n")[0],
+        fix="a larger budget or a smaller --set width=VALUE"
+        if lowest
+        else "--set aggregates=searched: their ReLUs and pools become choices",
+    )

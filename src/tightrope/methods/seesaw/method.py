@@ -1,0 +1,303 @@
+"""More linear work for less nonlinear work (Li, Zhai, Cai, Gao, Seesaw, ICML 2024)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from tightrope.data import Data, Task
+from tightrope.errors import BudgetError, BundleError, InputError, TightropeError
+from tightrope.evaluate import accuracy
+from tightrope.graph import Graph, trace
+from tightrope.lower import lower
+from tightrope.methods import CostModel, Learned, Progress, Shown
+from tightrope.methods.seesaw import relu_map
+from tightrope.methods.seesaw.decide import Judge, Wanted, floor, project, prune, settle
+from tightrope.methods.seesaw.network import assemble
+from tightrope.methods.seesaw.objectives import Dual, Reference
+from tightrope.methods.seesaw.operators import BORDERS, Borders, parse_operators
+from tightrope.methods.seesaw.prices import METRICS, RATES, Prices, PublishedRates, Rates
+from tightrope.methods.seesaw.recover import recover
+from tightrope.methods.seesaw.search import Search, Settings
+from tightrope.methods.seesaw.space import POOLS, Architecture, Space, resolve
+from tightrope.methods.seesaw.supernet import Supernet
+from tightrope.place import model_sha256
+from tightrope.program import base_cost
+from tightrope.shard import Shard
+from tightrope.types import Budget, Cost, Json, total
+
+Mode = Literal["dual", "reference"]
+MODES: tuple[Mode, ...] = ("dual", "reference")
+AGGREGATES = ("searched", "published")
+SINGLE = Shard()
+FAVOURED = 2.0  # logit of a ReLU at first: a probability of 0.88
+ROUNDS = 3  # of improving the options by measuring
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeesawMethod:
+    """Configuration and method in one. The network that is searched for replaces the given one, its teacher.
+
+    `mode`: `dual` holds the expected cost by a multiplier and meets the budget for certain; `reference` is
+    the release's objective, with the gradients that it meant to have; the budget is then only checked.
+    `space`: blocks per stage, `2,2,2`, or a published name. `width`: channels of the stem. `operators`: `all`
+    27, the published `low-memory` 10, `plain`, or names. `aggregates`: whether their ReLU and pool are
+    `searched`. `borders`: `mergeable` pads stacks of convolutions once, so that they merge; `published` pads
+    each. `limit`: images an epoch. `branches`: operators of a block in one step, 0 for all; `keep`: how many
+    are left at the end of training. `balance`: linear over nonlinear milliseconds at most, by `rates`, the
+    `runtime`'s or the `published`; None for any. The release's rule is 0.529 by its rates. `relu_map`: a file
+    that says which blocks have a ReLU. `variance`: weight of driving branch weights apart late in the search
+    (the release's `--spatial`). `distill`: weight of the teacher's outputs. `recovery`: epochs after the
+    choice. `samples`: held-out images behind each measured loss.
+    """
+
+    mode: Mode = "dual"
+    space: str = "2,2,2"
+    width: int = 8
+    operators: str = "low-memory"
+    aggregates: str = "searched"
+    borders: Borders = "mergeable"
+    epochs: int = 12
+    batch_size: int = 64
+    limit: int | None = None
+    lr: float = 0.05
+    lr_choice: float = 0.02
+    branches: int = 3
+    keep: int = 4
+    balance: float | None = 1.0
+    rates: str = "runtime"
+    relu_map: str = ""
+    variance: float = 0.0
+    distill: float = 0.9
+    recovery: int = 1
+    samples: int = 512
+    precision: str = "32-true"
+    seed: int = 0
+
+    name: ClassVar[str] = "seesaw"
+    runtime: ClassVar[str] = "mpc"
+    tunable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        words = (
+            ("mode", MODES), ("aggregates", AGGREGATES), ("borders", BORDERS), ("rates", RATES),
+            ("precision", ("32-true", "bf16-mixed")),
+        )  # fmt: skip
+        for key, allowed in words:
+            if getattr(self, key) not in allowed:
+                raise InputError(f"unknown choice for {key}", got=getattr(self, key), allowed=allowed)
+        for key in ("width", "epochs", "batch_size", "keep", "samples", "lr", "lr_choice"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise InputError(f"{key} must be positive", got=getattr(self, key))
+        for key in ("branches", "variance", "distill", "recovery", "seed"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise InputError(f"{key} must not be negative", got=getattr(self, key))
+        for key in ("limit", "balance"):
+            if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
+                raise InputError(f"{key} must be positive", got=getattr(self, key))
+        parse_operators(self.operators)
+
+    def space_for(self, input_shape: tuple[int, ...], classes: int) -> Space:
+        """Raises InputError for images that the space cannot be for."""
+        if len(input_shape) != 3:
+            raise InputError("the space is one of networks for images", got=input_shape)
+        found = resolve(self.space, (input_shape[0], input_shape[1], input_shape[2]), classes, self.width)
+        searched = self.aggregates == "searched"
+        return replace(
+            found,
+            operators=parse_operators(self.operators),
+            borders=self.borders,
+            pools=POOLS if searched else ("max",),
+            free=searched,
+        )
+
+    def learn(
+        self,
+        graph: Graph,
+        data: Data,
+        *,
+        task: Task | None,
+        budget: Budget,
+        cost: CostModel,
+        workdir: Path | None = None,
+        progress: Progress = lambda *_: None,
+        shard: Shard = SINGLE,
+    ) -> Learned:
+        """Train a supernet, decide, train a little more. Raises BudgetError for a budget in other quantities,
+        or one that no network of the space meets; InputError for a task of its own.
+        """
+        if task is not None:
+            raise InputError(
+                "seesaw makes a network for the task of the given one, not for another",
+                got="--classes, --superclasses or --new-data",
+                fix="--method reengineer",
+            )
+        space = self.space_for(graph.input_shape, len(data.classes))
+        rates: Rates = PublishedRates() if self.rates == "published" else cost
+        prices = Prices(space, cost, rates)
+        baseline = _baseline(graph, prices)
+        wanted = self._wanted(budget, baseline, prices)
+        fixed = relu_map.read(Path(self.relu_map).expanduser(), space) if self.relu_map else None
+        with torch.random.fork_rng([shard.device] if shard.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            net = Supernet(space, FAVOURED if self.mode == "dual" else 0.0).to(shard.device)
+            teacher = copy.deepcopy(graph.module).to(shard.device).eval() if self.distill else None
+            if fixed is not None:
+                _fix(net, fixed)
+            judge = Judge(net, _held_out(data, self.samples, shard))
+            identity = {"model": model_sha256(graph.module), "data": data.name, "budget": str(budget),
+                        "net": model_sha256(net)}  # fmt: skip
+            self._search(net, data, prices, wanted, teacher, judge, progress, shard).run(workdir, identity)
+            network, balanced = self._decide(net, prices, wanted, judge, fixed)
+            plain = net.extract(network).to(shard.device)
+            recover(plain, data, teacher, self, progress, shard)
+            plain = plain.cpu()
+        found = _picked(prices.exact(plain))
+        limits = budget.resolve(baseline)
+        for metric, limit in limits.items():
+            if getattr(found, metric) > limit:
+                raise floor(prices, wanted, f"allowed: {getattr(found, metric):,.6g} {metric} were reached")
+        notes = () if balanced else ("even one operator a block is more linear work than the balance allows",)
+        share = accuracy(plain, data, "validation")
+        return Learned(
+            choices=network.to_json(),
+            tensors={k: v.cpu() for k, v in plain.state_dict().items()},
+            predicted=found,
+            baseline=_picked(baseline),
+            loss=1 - share,
+            accuracy=share,
+            controls={"given network": accuracy(graph.module, data, "validation")},
+            shown=(_shown(space, network, prices),),
+            notes=notes,
+        )
+
+    def rebuild(
+        self, graph: Graph, choices: Mapping[str, Json], tensors: Mapping[str, Tensor]
+    ) -> fx.GraphModule:
+        """The plain network with all its branches, as training continues it. Raises BundleError."""
+        space = self.space_for(graph.input_shape, graph.outputs)
+        plain = assemble(space, Architecture.from_json(choices, space))
+        try:
+            plain.load_state_dict(dict(tensors), strict=True)
+        except RuntimeError as error:
+            raise BundleError(
+                "the weights and the plan do not belong together", got=str(error)[:200]
+            ) from error
+        return trace(plain.eval(), graph.input_shape).module
+
+    def finish(self, model: nn.Module, input_shape: tuple[int, ...], cost: CostModel) -> nn.Module:
+        """What is frozen in the place of a trained network: the same with its convolutions merged."""
+        classes = next(p for name, p in model.named_parameters() if name == "classifier.bias").numel()
+        return Prices(self.space_for(input_shape, classes), cost, cost).merged(model)
+
+    def _wanted(self, budget: Budget, baseline: Cost, prices: Prices) -> Wanted:
+        limits = budget.resolve(baseline)
+        unknown = [m for m in limits if m not in METRICS]
+        macs = limits.pop("macs", math.inf)
+        if unknown or len(limits) != 1:
+            raise BudgetError(
+                "seesaw takes one limit on nonlinear work, and one on multiplications if you like",
+                got=str(budget),
+                allowed=METRICS,
+                fix="--budget 'drelus<=12000', or 'online_ms<=20,macs<=30e6'",
+            )
+        metric, limit = next(iter(limits.items()))
+        wanted = Wanted(metric, limit, macs, self.balance or math.inf)
+        least = prices.space.least if metric == "drelus" else getattr(prices.fixed, metric)
+        if least > limit:
+            raise floor(prices, wanted, f"allowed: {metric}<={least:,.6g} for what no choice changes")
+        return wanted
+
+    def _search(
+        self,
+        net: Supernet,
+        data: Data,
+        prices: Prices,
+        wanted: Wanted,
+        teacher: nn.Module | None,
+        judge: Judge,
+        progress: Progress,
+        shard: Shard,
+    ) -> Search:
+        dual = self.mode == "dual"
+        settings = Settings(
+            epochs=self.epochs, batch_size=self.batch_size, limit=self.limit, lr=self.lr,
+            lr_choice=self.lr_choice, momentum=0.9, weight_decay=1e-4 if dual else 4e-5, cosine=dual,
+            choice_betas=(0.5, 0.999) if dual else (0.0, 0.999), choice_decay=0.0 if dual else 0.01,
+            branches=self.branches if dual else 0, keep=self.keep, distill=self.distill,
+            smoothing=0.0 if dual else 0.1, variance=self.variance, precision=self.precision, seed=self.seed,
+        )  # fmt: skip
+        search = Search(
+            net, data, settings, Reference(net), teacher, shard, progress, choose_weights=dual, judge=judge
+        )
+        if dual:
+            expected = prices.expectation(net, wanted.metric)
+            everything = sum(
+                (max((prices.option(s, o) for o in c.options), key=lambda cost: getattr(cost, wanted.metric))
+                 for s, c in net.choices.items()), prices.fixed,
+            )  # fmt: skip
+            steps = search.per_epoch * self.epochs
+            search.objective = Dual(expected, getattr(everything, wanted.metric), wanted.limit, steps)
+        return search
+
+    def _decide(
+        self, net: Supernet, prices: Prices, wanted: Wanted, judge: Judge, fixed: tuple[bool, ...] | None
+    ) -> tuple[Architecture, bool]:
+        balanced = prune(net, prices, wanted, judge)
+        if self.mode == "reference":
+            settle(net)
+            return net.architecture([int(c.logits.argmax()) for c in net.choices.values()]), balanced
+        rounds = ROUNDS if fixed is None else 0
+        network = net.architecture(project(net, prices, wanted, judge, rounds=rounds))
+        if fixed is not None and fixed != tuple(block.relu for block in network.blocks):
+            raise floor(prices, wanted, "allowed: more than the ReLU map alone")
+        return network, balanced
+
+
+def _fix(net: Supernet, on: tuple[bool, ...]) -> None:
+    """Blocks as a map says: certain, and not trained."""
+    for k, enabled in enumerate(on, 1):
+        choice: Any = net.choices[f"block{k}"]
+        choice.logits = nn.Parameter(torch.tensor([0.0, 60.0 * enabled - 30.0]).to(choice.logits), False)
+
+
+def _held_out(data: Data, samples: int, shard: Shard) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (x.to(shard.device), y.to(shard.device)) for x, y in data.batches("validation", 256, limit=samples)
+    ]
+
+
+def _baseline(graph: Graph, prices: Prices) -> Cost:
+    """Of the given network; only counts where the runtime cannot execute it."""
+    program = lower(graph.module, graph.input_shape)
+    try:
+        return prices.program(program)
+    except TightropeError:
+        return total(base_cost(op) for op in program.ops)
+
+
+def _picked(cost: Cost) -> Cost:
+    return replace(cost, rounds=0, ckks_levels=0)
+
+
+def _shown(space: Space, network: Architecture, prices: Prices) -> Shown:
+    rows = []
+    for k, (stage, block) in enumerate(zip(space.stages(), network.blocks, strict=True), 1):
+        macs = prices.block(stage, block.operators).macs
+        relus = space.block_relus(k - 1) if block.relu else 0
+        rows.append((f"block{k}", ", ".join(block.operators), f"{relus:,}", f"{macs:,.0f}"))
+    for k, aggregate in enumerate(network.aggregates, 1):
+        cost = prices.option(f"aggregate{k}", (aggregate.pool, aggregate.relu))
+        rows.append((f"aggregate{k}", f"{aggregate.pool} pool", f"{cost.drelus:,.0f}", f"{cost.macs:,.0f}"))
+    return Shown(
+        title="Blocks and aggregates",
+        columns=("site", "operators", "DReLUs", "multiplications"),
+        rows=tuple(rows),
+    )

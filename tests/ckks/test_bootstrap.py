@@ -1,0 +1,140 @@
+"""Bootstraps: where they are placed, which keys they ask for, and what they do on toy rings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_packing import QUADRATIC, Block, calibrated
+from torch import nn
+
+from ckks_toys import ToyCKKS
+from networks import settle
+from small_networks import network
+from tightrope.errors import InputError, ProtocolError
+from tightrope.nn import PolynomialActivation
+from tightrope.program import Program
+from tightrope.runtimes.ckks import CKKS, lattigo
+from tightrope.runtimes.ckks.circuit import Refresh
+from tightrope.runtimes.ckks.compiler import compile_program
+from tightrope.runtimes.ckks.format import boot_key_size, check_boot_keys
+from tightrope.runtimes.ckks.parameters import MAX_LOG_QP, choose_bootstrapping
+from tightrope.runtimes.plain import evaluate
+
+LEVELS = 6
+
+
+def toy(ring: int = 11, levels: int = LEVELS) -> ToyCKKS:
+    return ToyCKKS(ring=ring, bootstrap="always", refresh_levels=levels)
+
+
+def residual(blocks: int = 3) -> nn.Module:
+    return settle(nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), *(Block(False) for _ in range(blocks))))
+
+
+@given(st.integers(1, 20), st.integers(30, 50))
+def test_bootstrapping_stays_within_the_security_table(levels: int, scale_bits: int) -> None:
+    chosen = choose_bootstrapping(levels, scale_bits)
+    if chosen is None:
+        assert 50 + levels * scale_bits + 821 + 61 > MAX_LOG_QP[16] - 20
+        return
+    ring = chosen.during_bootstrap()
+    assert chosen.levels == levels and len(ring.q_bits) == 1 + levels + 3 + 8 + 4
+    assert chosen.log_qp == ring.log_qp == sum(ring.q_bits) + sum(ring.p_bits) <= MAX_LOG_QP[16]
+    digit = max(sum(ring.q_bits[k : k + len(ring.p_bits)]) for k in range(len(ring.q_bits)))
+    assert sum(ring.p_bits) > digit
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 4), st.integers(4, 9))
+def test_simulated_bootstraps_change_nothing_but_noise(blocks: int, levels: int) -> None:
+    program, x = calibrated(residual(blocks), (1, 8, 8))
+    with toy(levels=levels).open(program, "simulate") as session:
+        y, measured = session.run(x.numpy())
+    want = evaluate(program, x).numpy()
+    assert np.abs(y - want).max() < 1e-11 * max(1, np.abs(want).max())
+    depth = 1 + 6 * blocks
+    assert measured.total.ckks_levels == measured.config["levels_planned"] == depth
+    counted = measured.config["bootstraps"]
+    assert counted == measured.config["bootstraps_planned"] >= (depth - levels) / (levels - 1)
+
+
+def test_values_are_refreshed_where_it_takes_fewest() -> None:
+    """Two levels after a bootstrap of 3 to spend before the next: one after every activation but the last."""
+    layers = [part for _ in range(4) for part in (nn.Conv2d(1, 1, 3, 1, 1), act())]
+    program, _ = calibrated(nn.Sequential(*layers), (1, 6, 6))
+    circuit = compile_program(program, toy(levels=4).parameters)
+    refreshed = [step.sources[0] for step in circuit.steps if isinstance(step, Refresh)]
+    assert refreshed == [program.ops[k].name for k in (1, 3, 5)]
+    assert circuit.bootstraps == 3
+    assert compile_program(program.public(), toy(levels=4).parameters).digest() == circuit.digest()
+
+
+def act() -> nn.Module:
+    return PolynomialActivation(QUADRATIC, gated=False)
+
+
+def test_a_step_too_deep_for_any_bootstrap_is_refused() -> None:
+    deep = PolynomialActivation([[0.0, 0.5] + [1e-6] * 6] * 5, gated=True)
+    program, _ = calibrated(nn.Sequential(deep), (1, 4, 4))
+    with pytest.raises(InputError, match="cannot be bootstrapped often enough") as error:
+        CKKS(bootstrap="always").open(program, "simulate")
+    assert "a step that takes 16" in str(error.value)
+
+
+def test_bad_choices_are_refused() -> None:
+    with pytest.raises(InputError, match="auto"):
+        CKKS(bootstrap="sometimes")
+    with pytest.raises(InputError, match="refresh_levels is out of range"):
+        CKKS(refresh_levels=40)
+    program, _ = calibrated(nn.Conv2d(1, 1, 1), (1, 4, 4))
+    with pytest.raises(InputError, match="no room for bootstrapping"):
+        CKKS(bootstrap="always", log_n=15).open(program, "simulate")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return network("polynomials")
+
+
+@pytest.mark.parametrize("log_slots", [10, 9, 6])
+def test_the_library_makes_the_keys_that_were_predicted(
+    program: Program, log_slots: int, tmp_path: Path
+) -> None:
+    """For all slots and for few of them; its own key set is the oracle of every length and rotation."""
+    pytest.importorskip("lattigo")
+    circuit = compile_program(program, toy().parameters)
+    steps = tuple(replace(s, slots=1 << log_slots) if isinstance(s, Refresh) else s for s in circuit.steps)
+    circuit = replace(circuit, steps=steps)
+    client, path = lattigo.Client(circuit), tmp_path / "boot"
+    with path.open("wb") as out:
+        lattigo.boot_keys(circuit.parameters, circuit.boot_slots, client.secret(), out)
+    client.close()
+    data = path.read_bytes()
+    assert len(data) == boot_key_size(circuit)
+    check_boot_keys(data, circuit, "here")
+    for damaged in (data[:-1], data[: len(data) // 2], data[8:] + data[:8], bytes(len(data))):
+        with pytest.raises(ProtocolError, match=r"truncated|asked for|length"):
+            check_boot_keys(damaged, circuit, "here")
+
+
+def test_an_encrypted_run_is_what_simulation_predicts() -> None:
+    """A wide residual block: its second value is refreshed with half of the slots."""
+    pytest.importorskip("lattigo")
+    pytest.importorskip("orion_evaluator")
+    program, x = calibrated(settle(nn.Sequential(Block(True), nn.Conv2d(8, 4, 1))), (4, 8, 8))
+    x = x[:1]
+    with toy(levels=5).open(program, "simulate") as simulated:
+        _, predicted = simulated.run(x.numpy())
+    with toy(levels=5).open(program) as session:
+        y, measured = session.run(x.numpy())
+        sent = session.setup_links
+    error = float(np.abs(y - evaluate(program, x).numpy()).max())
+    assert 0 < error < predicted.config["predicted_error"] < 1e-3
+    assert measured.config["bootstraps"] == predicted.config["bootstraps_planned"] > 0
+    assert measured.total.ckks_levels == predicted.total.ckks_levels == measured.config["levels_planned"]
+    assert sent == predicted.setup_links

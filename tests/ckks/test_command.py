@@ -1,0 +1,112 @@
+"""`tightrope run --runtime ckks`: what it shows before and after, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from commands import call, refused
+from tightrope.bundle import Bundle
+from tightrope.data import load
+from tightrope.lower import lower
+from tightrope.nn import PolynomialActivation
+from tightrope.program import Program
+from tightrope.runtimes.plain import ranges
+
+RUN = ("--runtime", "ckks")
+
+
+def calibrated(act: nn.Module, layers: int = 1, largest: float = 1.0) -> Program:
+    torch.manual_seed(0)
+    deeper = [part for _ in range(layers - 1) for part in (nn.Conv2d(2, 2, 1), act)]
+    net = nn.Sequential(nn.Conv2d(1, 2, 5, 4), act, *deeper, nn.Flatten(), nn.Linear(72, 10))
+    x = next(iter(load("embedded").batches("train", 64)))[0]
+    return ranges(lower(net.eval(), (1, 28, 28)), [largest * x])
+
+
+@pytest.fixture
+def polynomials(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes every bundle hold a network that CKKS can execute."""
+
+    def give(program: Program) -> None:
+        monkeypatch.setattr(Bundle, "program", lambda self, weights=True: program)
+
+    quadratic = PolynomialActivation([[0.2, 0.5, 0.2]], gated=False)
+    give(calibrated(quadratic))
+    return give
+
+
+def test_simulation_shows_parameters_first_and_keeps_no_measurement(
+    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = len(Bundle.open(searched).measurements())
+    options = ("--mode", "simulate", "--scale-bits", "38", "--log-n", "15", "--count", "2", "--json")
+    assert call(monkeypatch, "run", searched, *RUN, *options) == 0
+    captured = capsys.readouterr()
+    assert "ring degree 2^15, scale 2^38" in captured.err and "881 allowed" in captured.err
+    assert "memory" in captured.err
+    body = json.loads(captured.out)
+    assert body["predictions"] == body["plain"] and body["max_abs_error"] < 1e-9
+    config = body["measurement"]["config"]
+    assert config["levels_planned"] == body["measurement"]["total"]["ckks_levels"]
+    assert 0 < config["predicted_error"] < 1e-3
+    assert len(Bundle.open(searched).measurements()) == before
+
+
+def test_an_estimate_tells_memory_and_levels(
+    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "run", searched, *RUN, "--estimate") == 0
+    shown = capsys.readouterr().out
+    assert "ring degree 2^14, scale 2^40" in shown and "memory" in shown and "levels" in shown
+
+
+def test_values_beyond_the_calibrated_range_are_counted_and_warned_of(
+    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), largest=0.3))
+    assert call(monkeypatch, "run", searched, *RUN, "--mode", "simulate", "--json") == 0
+    captured = capsys.readouterr()
+    assert "warning: values outside the calibrated range" in captured.err
+    assert sum(json.loads(captured.out)["measurement"]["config"]["beyond_range"].values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--log-n", "13"), "no such ring"),
+        (("--scale-bits", "60"), "scale_bits is out of range"),
+        (("--memory-gb", "0.5"), "needs more memory than allowed"),
+        (("--memory-gb", "-1"), "memory_bytes is out of range"),
+        (("--mode", "dream"), "unknown mode"),
+        (("--ring", "32"), "--ring is an option of the mpc runtime"),
+    ],
+)
+def test_bad_options_are_refused(
+    options: tuple[str, ...],
+    says: str,
+    polynomials: Any,
+    searched: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused(monkeypatch, capsys, "run", searched, *RUN, *options, says=says)
+
+
+def test_options_of_ckks_are_refused_elsewhere(
+    searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in (("--mode", "simulate"), ("--log-n", "14"), ("--memory-gb", "1")):
+        refused(monkeypatch, capsys, "run", searched, *option, says=f"{option[0]} is an option of the ckks")
+
+
+def test_too_few_levels_in_an_insecure_ring_are_refused_with_both_values(
+    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), layers=4))
+    refused(monkeypatch, capsys, "run", searched, *RUN, "--log-n", "14", says="8 levels for N = 2^14")

@@ -1,0 +1,182 @@
+"""The whole method on small images: budgets, resuming, both modes, bad input, and the way through."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from commands import call, refused
+from methods.seesaw.small import DATA, GRAPH, QUICK, SHAPE, learn
+from networks import gap
+from tightrope.errors import BudgetError, BundleError, InputError
+from tightrope.lower import lower
+from tightrope.methods import configure
+from tightrope.methods.seesaw import SeesawMethod, relu_map
+from tightrope.methods.seesaw.space import Architecture
+from tightrope.program import base_cost
+from tightrope.runtimes.mpc import MPC
+from tightrope.runtimes.plain import ranges
+from tightrope.types import Cost, total
+
+COST = MPC().pricing()
+METHOD = SeesawMethod(**QUICK)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return learn("drelus<=700", epochs=4, recovery=3)
+
+
+def test_the_budget_holds_and_the_prediction_is_what_runs(found):
+    model = METHOD.rebuild(GRAPH, json.loads(json.dumps(found.choices)), found.tensors)
+    merged = METHOD.finish(model, SHAPE, COST)
+    program = lower(merged, SHAPE)
+    x, _ = next(DATA.batches("validation", 16))
+    assert gap(model, program, x) < 1e-4
+    counted = total(base_cost(op) for op in program.ops)
+    assert (counted.drelus, counted.macs) == (found.predicted.drelus, found.predicted.macs)
+    assert counted.drelus <= 700
+    assert found.predicted.online_ms > 0 == found.predicted.rounds
+    with MPC(noise_bits=0).open(ranges(program, [x]), "simulate") as session:
+        outputs, measured = session.run(x[:2].numpy())
+    assert measured.total.drelus == 2 * found.predicted.drelus
+    with torch.no_grad():
+        assert float((torch.from_numpy(outputs) - model.double()(x[:2].double())).abs().max()) < 2**-6
+
+
+def test_what_is_found_works(found):
+    """Three patterns, a third each by guessing."""
+    assert found.accuracy > 0.6
+    assert found.loss == 1 - found.accuracy
+    assert found.baseline.drelus == 896
+
+
+def test_an_interrupted_search_goes_on_and_finds_the_same(tmp_path):
+    whole = learn(operators="skip,conv_3")
+
+    def stop(what, done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(operators="skip,conv_3", workdir=tmp_path, progress=stop)
+    again = learn(operators="skip,conv_3", workdir=tmp_path)
+    assert again.choices == whole.choices
+    assert all(torch.equal(again.tensors[k], v) for k, v in whole.tensors.items())
+    with pytest.raises(BundleError, match="another run"):
+        learn(operators="skip,conv_3", workdir=tmp_path, lr=0.01)
+
+
+def test_a_budget_in_milliseconds_and_multiplications():
+    found = learn("online_ms<=60%,macs<=100%", operators="skip,conv_3")
+    assert found.predicted.online_ms <= 0.6 * found.baseline.online_ms
+    assert found.predicted.macs <= found.baseline.macs
+
+
+def test_reference_mode_with_the_published_aggregates():
+    found = learn("drelus<=100000", mode="reference", aggregates="published", borders="published", epochs=1)
+    assert found.choices["aggregate1"] == {"pool": "max", "relu": True}
+    with pytest.raises(BudgetError, match=r"no network(.|\n)*were reached|no network"):
+        learn("drelus<=513", mode="reference", aggregates="published", epochs=1)
+
+
+def test_a_relu_map_fixes_the_blocks(tmp_path):
+    path = tmp_path / "map.json"
+    relu_map.write(path, [False, True])
+    found = learn("drelus<=100%", relu_map=str(path), epochs=1)
+    assert [found.choices[f"block{k}"]["relu"] for k in (1, 2)] == [False, True]
+    with pytest.raises(BudgetError, match="more than the ReLU map"):
+        learn("drelus<=200", relu_map=str(path), epochs=1)
+    relu_map.write(path, [True])
+    with pytest.raises(InputError, match="another network"):
+        learn(relu_map=str(path))
+
+
+def test_options_of_training():
+    """Mixed precision, a teacher, the variance phase, the release's rates: they run and give a network."""
+    found = learn(
+        precision="bf16-mixed",
+        distill=0.9,
+        variance=1e-4,
+        rates="published",
+        balance=0.529,
+        epochs=1,
+        branches=0,
+    )
+    assert found.predicted.drelus <= 700
+
+
+@pytest.mark.parametrize(
+    ("budget", "config", "says"),
+    [
+        ("drelus<=10", {"aggregates": "published"}, r"512 DReLUs(.|\n)*aggregates=searched"),
+        ("rounds<=10", {}, "takes one limit"),
+        ("drelus<=10,online_ms<=5", {}, "takes one limit"),
+        ("macs<=1e6", {}, "takes one limit"),
+        ("drelus<=500,macs<=1000", {"epochs": 1}, "so few multiplications"),
+        ("online_ms<=0.001", {}, "no network of the space"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(budget, config, says):
+    with pytest.raises(BudgetError, match=says):
+        learn(budget, **config)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"operators": "conv_9"}, "unknown operator"),
+        ({"space": "cifarsupermodel51"}, "unknown search space"),
+        ({"space": "1,1,1,1,1,1"}, "divisible by"),
+        ({"mode": "fast"}, "unknown choice for mode"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": 1e9}, "diverged"),
+        ({"operators": "group_8_conv_3", "width": 3}, "multiple of 8"),
+        ({"relu_map": "nothing.json"}, "cannot read the ReLU map"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(config, says):
+    with pytest.raises(InputError, match=says):
+        learn(**config)
+
+
+def test_a_plan_that_was_changed_is_refused(found):
+    other = {**found.choices, "block1": {"operators": ["conv_1"], "relu": True}}
+    with pytest.raises(BundleError, match="do not belong together"):
+        METHOD.rebuild(GRAPH, other, found.tensors)
+    with pytest.raises(BundleError, match="no network of its space"):
+        METHOD.rebuild(GRAPH, {}, found.tensors)
+
+
+def test_the_configuration_comes_back_from_json(found):
+    method = configure("seesaw", json.loads(json.dumps(dict(QUICK))))
+    assert method == METHOD
+    space = method.space_for(SHAPE, 3)
+    assert Architecture.from_json(found.choices, space).to_json() == found.choices
+    assert isinstance(replace(found.predicted), Cost)
+
+
+@pytest.mark.slow
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Search, fine-tune, run in the clear and under mpc, report."""
+    out = tmp_path / "bundle"
+    small = ("space=1,1", "width=4", "operators=skip,conv_3", "epochs=1", "limit=128", "branches=1",
+             "keep=1", "samples=64")  # fmt: skip
+    words = [word for setting in small for word in ("--set", setting)]
+    search = ("search", "--method", "seesaw", "--budget", "drelus<=10%", "--out", out, *words)
+    refused(monkeypatch, capsys, *search, "--set", "width=0", says="width must be positive")
+    assert not out.exists()
+    assert call(monkeypatch, *search, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["predicted"]["drelus"] <= 3763
+    assert call(monkeypatch, "finetune", out, "--epochs", "0.02", "--json") == 0
+    assert call(monkeypatch, "run", out, "--count", "2", "--json") == 0
+    capsys.readouterr()
+    measured = json.loads((out / "measurements.json").read_text())[-1]
+    assert measured["runtime"] == "mpc"
+    assert measured["total"].get("drelus", 0) == 2 * plan["predicted"].get("drelus", 0)
+    assert measured["max_abs_error"] < 2**-6
+    assert call(monkeypatch, "report", out) == 0
+    assert "aggregate1" in (out / "report.html").read_text()
