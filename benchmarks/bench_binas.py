@@ -2,12 +2,12 @@
 
     python benchmarks/bench_binas.py [FOLDER] [--reduced]        about 60 minutes on two idle cores
 
-One supernet of the space `fashion` (default recipes); the estimators on 100 held-out networks. At five limits,
-between the smallest and the largest network, the best predicted network is validated against four others, and
-fine-tuned beside ten random networks that cost as much (between 90 % of the limit and the limit), all by one
-recipe on 10,000 training images with the largest network as teacher. Accuracies are of the test split, read
-once per network, at the end. FOLDER (runs/bench-binas) keeps everything: an interrupted run goes on from there.
-`--reduced` trains for minutes only and shows that it works; its rows are not written.
+One supernet of the space `fashion` (default recipes); estimators on 100 held-out networks. At five limits
+between the smallest and the largest network, the best of five candidates is fine-tuned beside ten random
+networks that cost as much (between 90 % of the limit and the limit), all by one recipe on 10,000 training
+images with the largest network as teacher. Accuracies are of the test split, read once per network, at the
+end. FOLDER (runs/bench-binas) keeps everything: an interrupted run goes on from there. `--reduced` trains for
+minutes only and shows that it works; its rows are not written.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def main() -> None:
         off.append(abs(mine["ms"] / table.predict(SPACE, choice) - 1))
         ahead, error = mine["test"] - others.mean(), others.std(ddof=1) / len(others) ** 0.5
         bar = (
-            f"limit {limit:.3g} ms: {mine['test']:.2f} % against {others.mean():.2f} % of {RANDOM} random networks: "
-            f"ahead by 0.5 points or two standard errors ({2 * error:.2f})"
+            f"limit {limit:.3g} ms: {mine['test']:.2f} % against {others.mean():.2f} % of {RANDOM} random "
+            f"networks: ahead by 0.5 points or two standard errors ({2 * error:.2f})"
         )
         rows.append(_rows.row(bar, float(ahead), "points", bool(ahead >= min(0.5, 2 * error))))
         say(bar)
