@@ -217,6 +217,7 @@ METHODS: dict[str, str] = {
     "block_relu": "tightrope.methods.block_relu:BlockReluMethod",
     "paf": "tightrope.methods.paf:PafMethod",
     "reengineer": "tightrope.methods.reengineer:ReengineerMethod",
+    "binas": "tightrope.methods.binas.method:BinasMethod",
     "seesaw": "tightrope.methods.seesaw:SeesawMethod",
 }
 
