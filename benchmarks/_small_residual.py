@@ -22,7 +22,7 @@ def small(num_classes: int, in_channels: int) -> ResNet:
 
 
 def trained(data: Data, weights: Path, *, seed: int = 0) -> nn.Module:
-    """The network with ReLUs, from `weights` or else trained (about 1.5 minutes of one core) and kept there."""
+    """The network with ReLUs, from `weights`, or else trained (1.5 minutes of a core) and kept there."""
     torch.manual_seed(seed)
     net = small(len(data.classes), data.input_shape[0])
     if weights.exists():

@@ -4,7 +4,7 @@
 
 On Fashion-MNIST with the small residual network, whose teacher `train_paf.py` trains. Every candidate has its
 batch-norm statistics estimated anew. `untuned`: coefficients and order of stages as SmartPAF publishes them;
-`tuned`: fitted to the histograms; `joint`: then trained with the ReLU network as teacher. DS: a scale per
+`tuned`: fitted to the histograms; `joint`: then trained with the ReLU network as teacher. DS: a scale a
 batch, SS: the largest input of training images. Everything is on validation images: nothing is chosen by them.
 """
 

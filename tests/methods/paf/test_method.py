@@ -154,6 +154,28 @@ def test_activations_that_no_composite_makes_are_fitted_directly():
         plan_for(PafMethod(samples=16, polynomials="f1 g2"), net, data, "ckks_levels<=30")
 
 
+def test_a_max_pool_becomes_rounds_that_have_polynomials_of_their_own():
+    """Two rounds, each a level for the difference and those of its polynomial; the sums merge onwards."""
+    steps = (conv(3, 4), nn.ReLU(), nn.MaxPool2d(2), conv(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net, data = settle(Chain(*steps, nn.Linear(4, 5))), images((3, 8, 8))
+    graph, method, runtime = trace(net, (3, 8, 8)), PafMethod(**FEW), CKKS()
+    problem = method.measure(graph, data, cost=runtime.pricing(), workdir=None, progress=lambda *_: None)
+    assert [t.site.rsplit(".", 3)[-1] for t in problem.tables[1:]] == ["act", "act"]
+    _, plan = plan_for(method, net, data, "ckks_levels<=6")
+    chosen = select(problem, Budget.parse("ckks_levels<=12"))
+    rewritten = apply(net, replace(plan, choices=method.choices(problem, chosen.picked)))
+    program = ranges(lower(rewritten, (3, 8, 8)), [data.x])
+    assert "max_pool" not in {op.kind for op in program.ops}
+    assert runtime.exact(program).ckks_levels == chosen.cost.ckks_levels <= 12
+    with pytest.raises(BudgetError, match="ckks_levels<=11 or more"):  # 4 for layers, 2 rounds, 3 x 2
+        select(problem, Budget.parse("ckks_levels<=10"))
+    average, _ = plan_for(PafMethod(**FEW, max_pool="avg"), net, data, "ckks_levels<=3")
+    assert len(average.tables) == 1
+    padded = settle(Chain(conv(3, 4), nn.MaxPool2d(3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)))
+    with pytest.raises(InputError, match="needs inputs that are not negative"):
+        plan_for(method, padded, data, "ckks_levels<=30")
+
+
 @pytest.mark.parametrize(
     ("config", "what"),
     [
@@ -161,6 +183,7 @@ def test_activations_that_no_composite_makes_are_fitted_directly():
         ({"polynomials": "degree 9"}, "matches no polynomial"),
         ({"margin": 0.0}, "margin"),
         ({"seed": -1}, "seed"),
+        ({"max_pool": "min"}, "max_pool"),
     ],
 )
 def test_bad_settings_are_refused(config, what):
