@@ -10,7 +10,7 @@ import torch
 from methods.seesaw.small import SHAPE
 from networks import settle
 from tightrope.lower import lower
-from tightrope.methods.seesaw.decide import Judge, Wanted, importances, project, prune
+from tightrope.methods.seesaw.decide import Judge, Wanted, expendable, importances, project, prune
 from tightrope.methods.seesaw.decide import settle as set_options
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.objectives import Dual, Reference, learned
@@ -176,7 +176,11 @@ def test_the_last_operator_is_never_offered():
     mixture = net.mixtures[0]
     mixture.alive = [0, 3]
     set_options(net)
-    assert len(importances(mixture, Judge(net, batches()))) == 1
+    felt = importances(mixture, Judge(net, batches()))
+    assert felt.keys() == {0, 3}
+    assert expendable(mixture, felt, {0: 2.0, 3: 1.0}).keys() == {3}
+    mixture.drop(3)
+    assert importances(mixture, Judge(net, batches())) == {}
 
 
 def test_a_judge_leaves_statistics_and_modes_alone():

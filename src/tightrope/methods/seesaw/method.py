@@ -163,7 +163,7 @@ class SeesawMethod:
         limits = budget.resolve(baseline)
         for metric, limit in limits.items():
             if getattr(found, metric) > limit:
-                raise floor(prices, wanted, f"allowed: {getattr(found, metric):,.6g} {metric} were reached")
+                raise floor(prices, wanted, f"{getattr(found, metric):,.6g} {metric}, which were reached")
         notes = () if balanced else ("even one operator a block is more linear work than the balance allows",)
         share = accuracy(plain, data, "validation")
         return Learned(
@@ -210,9 +210,9 @@ class SeesawMethod:
             )
         metric, limit = next(iter(limits.items()))
         wanted = Wanted(metric, limit, macs, self.balance or math.inf)
-        least = prices.space.least if metric == "drelus" else getattr(prices.fixed, metric)
+        least = getattr(prices.least, metric)
         if least > limit:
-            raise floor(prices, wanted, f"allowed: {metric}<={least:,.6g} for what no choice changes")
+            raise floor(prices, wanted, f"{metric}<={least:,.15g} or more: what its cheapest network costs")
         return wanted
 
     def _search(
@@ -257,7 +257,7 @@ class SeesawMethod:
         rounds = ROUNDS if fixed is None else 0
         network = net.architecture(project(net, prices, wanted, judge, rounds=rounds))
         if fixed is not None and fixed != tuple(block.relu for block in network.blocks):
-            raise floor(prices, wanted, "allowed: more than the ReLU map alone")
+            raise floor(prices, wanted, "more than the ReLU map alone")
         return network, balanced
 
 

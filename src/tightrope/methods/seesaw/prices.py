@@ -118,7 +118,7 @@ class Prices:
 
     @cached_property
     def fixed(self) -> Cost:
-        """What no choice changes: stem, transitions, joins, classifier."""
+        """Of stem, transitions, joins and classifier where nothing merges with them: exact in MACs only."""
         known = [o for o in self.space.operators if o != "none"]
         # a kernel and a ReLU everywhere: nothing is merged from one block to the next
         network = self.space.network(known[-1:], relu=True)
@@ -130,6 +130,25 @@ class Prices:
         for k, aggregate in enumerate(network.aggregates, 1):
             spent = spent + self.option(f"aggregate{k}", (aggregate.pool, aggregate.relu)).scaled(-1)
         return Cost(**{m: max(0.0, getattr(spent, m)) for m in METRICS})
+
+    @cached_property
+    def cheapest(self) -> Architecture:
+        """One operator a block, and as few comparisons as the space allows."""
+        real = [o for o in self.space.operators if o != "none"]
+        operator = min(real, key=lambda o: burden(self.block(0, [o])))
+        return self.space.network([operator], relu=False, pool="avg" if "avg" in self.space.pools else None)
+
+    @cached_property
+    def least(self) -> Cost:
+        """Exact, of the cheapest network."""
+        return self.exact(assemble(self.space, self.cheapest))
+
+    def linear(self, operators: Sequence[Sequence[str]]) -> Cost:
+        """Of a network with these operators in its blocks and the fewest comparisons, about."""
+        spent = self.least
+        for stage, names, block in zip(self.space.stages(), operators, self.cheapest.blocks, strict=True):
+            spent = spent + self.block(stage, names) + self.block(stage, block.operators).scaled(-1)
+        return spent
 
     def expectation(self, net: Supernet, metric: str) -> Callable[[], Tensor]:
         """The mean of a cost over the probabilities of the choices and the weights of the operators.
