@@ -127,7 +127,7 @@ def prune(net: Supernet, prices: Prices, wanted: Wanted, judge: Callable[[], flo
                     best = (worth, b, k)
         if best is None:
             if dear:
-                raise _too_many(prices, net, wanted)
+                raise too_many(prices, wanted)
             return False
         _, b, k = best
         net.mixtures[b].drop(k)
@@ -156,11 +156,12 @@ def _fits(net: Supernet, prices: Prices, wanted: Wanted, drelus: float) -> bool:
     )
 
 
-def _too_many(prices: Prices, net: Supernet, wanted: Wanted) -> BudgetError:
+def too_many(prices: Prices, wanted: Wanted) -> BudgetError:
+    """The error for fewer multiplications than one operator a block takes."""
     return BudgetError(
         "the space has no network with so few multiplications",
         got=f"macs<={wanted.macs:,.15g}",
-        allowed=f"about {_macs(net, prices):,.0f} with one operator a block",
+        allowed=f"{prices.fewest_macs:,.0f} or more: one operator a block",
         fix="a smaller --set width=VALUE, fewer blocks, or cheaper operators",
     )
 

@@ -19,7 +19,7 @@ from tightrope.graph import Graph, trace
 from tightrope.lower import lower
 from tightrope.methods import CostModel, Learned, Progress, Shown
 from tightrope.methods.seesaw import relu_map
-from tightrope.methods.seesaw.decide import Judge, Wanted, floor, project, prune, settle
+from tightrope.methods.seesaw.decide import Judge, Wanted, floor, project, prune, settle, too_many
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.objectives import Dual, Reference
 from tightrope.methods.seesaw.operators import BORDERS, Borders, parse_operators
@@ -213,6 +213,8 @@ class SeesawMethod:
         least = getattr(prices.least, metric)
         if least > limit:
             raise floor(prices, wanted, f"{metric}<={least:,.15g} or more: what its cheapest network costs")
+        if prices.fewest_macs > macs:
+            raise too_many(prices, wanted)
         return wanted
 
     def _search(
