@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from tightrope import arguments as arg
+from tightrope import deploy, studies
 from tightrope.command import Json, app, verb
-from tightrope.deploy import register
 from tightrope.errors import InputError, TightropeError
 from tightrope.recipe import Recipe
 from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted, times
@@ -367,7 +367,8 @@ def demo(
     return result
 
 
-register(verb())  # the verbs of parties on machines of their own
+deploy.register(verb())  # the verbs of parties on machines of their own
+studies.register(verb, app)
 
 
 def main() -> None:
