@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -246,3 +249,38 @@ def test_a_reengineered_network_runs_under_mpc_unchanged(tmp_path, monkeypatch, 
     assert body["measurement"]["runtime"] == "mpc" and body["predictions"] == body["plain"]
     assert body["max_abs_error"] < 1e-2
     assert body["measurement"]["total"]["macs"] < 0.4 * 8 * 9_345_920
+
+
+@pytest.mark.slow
+def test_every_class_in_one_command_and_again_only_what_is_missing(tmp_path, monkeypatch, capsys):
+    small = tmp_path / "images"  # three classes of pictures, so that there are three tasks
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 6), ("test", 6)):
+        for k, name in enumerate(("Dark", "grey/dim", "light")):
+            folder = small / split / name.replace("/", "_")
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = (generator.random((16, 16, 3)) * 60 + 90 * k).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch\nfrom tightrope.models.resnet import ResNet\n"
+        "def net():\n    torch.manual_seed(0)\n    return ResNet(4, ((8, 1, 2),), 3, 3)\n"
+    )
+    out = tmp_path / "all"
+    base = (
+        "search", "--method", "reengineer", "--model", f"{file}:net", "--data", small, "--image-size", "16",
+        "--classes", "each", "--budget", "weights<=0.6x", *QUICK, "--out", out, "--json",
+    )  # fmt: skip
+    assert call(monkeypatch, *base) == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert [task["bundle"].rpartition("/")[2] for task in tasks] == ["0-dark", "1-grey-dim", "2-light"]
+    assert all(t["predicted"]["weights"] <= 0.6 * t["baseline"]["weights"] for t in tasks)
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/plan.json")}
+    shutil.rmtree(out / "1-grey-dim")
+    assert call(monkeypatch, *base) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == tasks  # the same task gives the same network
+    after = {p: p.stat().st_mtime_ns for p in out.glob("*/plan.json")}
+    assert [p.parent.name for p in before if before[p] != after[p]] == ["1-grey-dim"]
+    other = ("search", "--budget", "drelus<=12%", "--classes", "each", "--out", tmp_path / "x")
+    refused(monkeypatch, capsys, *other, says="--method reengineer")
