@@ -52,7 +52,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting of the method, NAME=VALUE; repeat.")
 ]
 Classes = Annotated[
-    str | None, typer.Option(help="Of reengineer: one class against the rest, or several, e.g. 2,5,7.")
+    str | None, typer.Option(help="Of reengineer: one class against the rest, several (2,5,7), or each.")
 ]
 Superclasses = Annotated[Path | None, typer.Option(help="Of reengineer: a JSON file {name: [classes]}.")]
 NewData = Annotated[str | None, typer.Option(help="Of reengineer: images of another task.")]

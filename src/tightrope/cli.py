@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from tightrope import arguments as arg
-from tightrope import nas_verbs
+from tightrope import deploy, nas_verbs, studies
 from tightrope.command import Json, app, verb
-from tightrope.deploy import register
 from tightrope.errors import InputError, TightropeError
 from tightrope.recipe import Recipe
-from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted, times
+from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted, tasks, times
 
 if TYPE_CHECKING:
     from tightrope.bundle import Bundle
@@ -63,7 +62,7 @@ def search(
 ) -> Json | None:
     """Measure every option of a network and choose the best ones within a budget."""
     from tightrope import pipeline
-    from tightrope.learning import Wanted
+    from tightrope.learning import EACH, Wanted
     from tightrope.methods import parse_settings
     from tightrope.shard import launch
 
@@ -78,13 +77,17 @@ def search(
     prices: Json = {} if network is None else {"network": network}
     if profile is not None:
         prices["profile"] = pipeline.read_profile(profile)
+    asked: Json = {
+        "model": model, "data": data, "method": method, "config": config, "weights": weights, "root": root,
+        "image_size": image_size, "runtime": runtime, "pricing": prices, "budget": budget, "out": out,
+        "overwrite": overwrite, "shard": shard,
+    }  # fmt: skip
     wanted = Wanted(classes=classes, superclasses=superclasses, new_data=new_data)
     with view.progress() as progress:
-        bundle = pipeline.search(
-            model=model, data=data, budget=budget, out=out, method=method, config=config, weights=weights,
-            root=root, image_size=image_size, runtime=runtime, pricing=prices, wanted=wanted,
-            overwrite=overwrite, progress=progress, warn=view.warn, shard=shard,
-        )  # fmt: skip
+        if wanted == EACH:
+            several = pipeline.search_each(**asked, progress=progress)
+            return tasks(view, several) if shard.first else None
+        bundle = pipeline.search(**asked, wanted=wanted, progress=progress, warn=view.warn)
     return _chosen(view, bundle) if shard.first else None
 
 
@@ -371,8 +374,9 @@ def demo(
     return result
 
 
-register(verb())  # the verbs of parties on machines of their own
+deploy.register(verb())  # the verbs of parties on machines of their own
 nas_verbs.register(verb)
+studies.register(verb, app)
 
 
 def main() -> None:
