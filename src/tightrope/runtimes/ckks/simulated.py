@@ -3,9 +3,10 @@
 The noise is the standard deviation of a slot. Every rescaling, key switching and encryption rounds each
 coefficient of a polynomial and multiplies the rounding by the secret: sqrt((h + 1) / 12) per coefficient for
 h nonzero ones, sqrt(N / 2) times that per slot (Kim et al. 2022, "Approximate homomorphic encryption with
-reduced approximation error", section 3). A map adds variances, a polynomial multiplies by its slope. The
-product of a gate is rescaled by a prime that is not exactly the scale, for which the next map takes it:
-primes are 1 modulo 2N, so on average N ln(scale) apart, and the farthest of L is L / 2 of these gaps away.
+reduced approximation error", section 3). A map adds variances, a polynomial multiplies by its slope. Where a
+polynomial has coefficients of its own in every slot, its terms are rescaled by different primes and added as
+if these were the scale: primes are 1 modulo 2N, so on average N ln(scale) apart, and the farthest of L is
+L / 2 of these gaps away.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from tightrope.errors import ProtocolError
 from tightrope.runtimes.ckks import bootstrapping
-from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh, Stage
+from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh, Square, Stage
 from tightrope.runtimes.ckks.parameters import Parameters
 
 BEYOND = 1.0 + 1e-9  # calibrated ranges are where the values reach 1
@@ -103,12 +104,17 @@ class Simulator:
             if step.gated:
                 largest = [float(np.abs(v).max()) for v in (x.slots, y)]
                 y = x.slots * y
-                drift = self._drift * float(np.abs(y).max())
-                noise = math.hypot(largest[0] * noise, largest[1] * x.noise, self._rounding, drift)
+                noise = math.hypot(largest[0] * noise, largest[1] * x.noise, self._rounding)
             made.append(Simulated(y, level, noise))
-        self._count(
-            step.name, self._values[step.sources[0]].layout.unpack(np.stack([x.slots for x in inputs]))
-        )
+        self._count(step, inputs)
+        return made
+
+    def square(self, step: Square, inputs: Sequence[Simulated]) -> list[Simulated]:
+        self._count(step, inputs)
+        made = []
+        for x in inputs:
+            noise = math.hypot(2 * float(np.abs(x.slots).max()) * x.noise, self._rounding)
+            made.append(Simulated(x.slots**2, self._spend(step.name, x.level, 1), noise))
         return made
 
     def refresh(self, step: Refresh, inputs: Sequence[Simulated]) -> list[Simulated]:
@@ -120,8 +126,9 @@ class Simulator:
             made.append(Simulated(slots, self._parameters.levels, noise))
         return made
 
-    def _count(self, step: str, values: NDArray[np.float64]) -> None:
-        self.beyond[step] = self.beyond.get(step, 0) + int((np.abs(values) > BEYOND).sum())
+    def _count(self, step: Composite | Square, inputs: Sequence[Simulated]) -> None:
+        values = self._values[step.sources[0]].layout.unpack(np.stack([x.slots for x in inputs]))
+        self.beyond[step.name] = self.beyond.get(step.name, 0) + int((np.abs(values) > BEYOND).sum())
 
     def _spend(self, step: str, level: int, levels: int) -> int:
         if level < levels:
