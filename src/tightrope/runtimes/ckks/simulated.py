@@ -1,6 +1,6 @@
 """Ciphertexts in the clear that keep the books of real ones: level, noise, values beyond their range.
 
-The noise is the standard deviation of a slot. Every rescaling, key switching and encryption rounds each
+The noise is the standard deviation of a slot. Every rescaling, key switch and encryption rounds each
 coefficient of a polynomial and multiplies the rounding by the secret: sqrt((h + 1) / 12) per coefficient for
 h nonzero ones, sqrt(N / 2) times that per slot (Kim et al. 2022, "Approximate homomorphic encryption with
 reduced approximation error", section 3). A map adds variances, a polynomial multiplies by its slope. Where a
@@ -24,6 +24,7 @@ from tightrope.runtimes.ckks import bootstrapping
 from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh, Square, Stage
 from tightrope.runtimes.ckks.parameters import Parameters
 
+KEY_SIGMA = 3.2  # of the coefficients of a key's noise
 BEYOND = 1.0 + 1e-9  # calibrated ranges are where the values reach 1
 
 
@@ -38,6 +39,18 @@ def rounding(parameters: Parameters) -> float:
     """The standard deviation that one rounding leaves in a slot."""
     h = parameters.slots
     return math.sqrt((h + 1) / 12 * parameters.slots) * 2.0**-parameters.scale_bits
+
+
+def switching(parameters: Parameters) -> float:
+    """The standard deviation that one key switch leaves in a slot: a rounding, and the noise of the key.
+
+    Of the parts into which a ciphertext is decomposed the first counts, whose prime is the largest: products
+    of it, uniform below Q_1, with the key's noise, divided by P.
+    """
+    n, count = 1 << parameters.log_n, len(parameters.p_bits)
+    part = 2.0 ** (sum(parameters.q_bits[:count]) - sum(parameters.p_bits))
+    key = n * (KEY_SIGMA * part) ** 2 / 12
+    return math.hypot(rounding(parameters), math.sqrt(key * parameters.slots) * 2.0**-parameters.scale_bits)
 
 
 def _evaluate(stage: Stage, part: int, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
@@ -64,6 +77,7 @@ class Simulator:
         self._parameters = circuit.parameters
         self._values = circuit.values
         self._rounding = rounding(circuit.parameters)
+        self._switching = switching(circuit.parameters)
         self._drift = _drift(circuit.parameters)
         self.beyond: dict[str, int] = {}
 
@@ -84,10 +98,10 @@ class Simulator:
                     continue
                 for shift, diagonal in zip(block.shifts, block.dense(slots), strict=True):
                     total += diagonal * np.roll(x.slots, -shift)
-                    variance += diagonal**2 * (x.noise**2 + self._rounding**2)
+                    variance += diagonal**2 * (x.noise**2 + self._switching**2)
             for k in range(1, step.rotations + 1):
                 total += np.roll(total, -(slots >> k))
-                variance += np.roll(variance, -(slots >> k)) + self._rounding**2
+                variance += np.roll(variance, -(slots >> k)) + self._switching**2
             made.append(Simulated(total, level, math.sqrt(variance.max() + self._rounding**2)))
         return made
 
