@@ -39,7 +39,8 @@ from tightrope.types import Budget
 Json = dict[str, Any]
 TASKS = ("3", "6", "8", "0,2,4,6", "5,7,9")
 PUBLISHED = {
-    "mode": "reference", "granularity": "weight", "head": "relu_linear", "lr_head": 0.1, "lr_mask": 0.1, "alpha": 10.0,
+    "mode": "reference", "granularity": "weight", "head": "relu_linear", "lr_head": 0.1, "lr_mask": 0.1,
+    "alpha": 10.0,
 }  # fmt: skip
 MODES: dict[str, tuple[Json, str]] = {
     "reference": (PUBLISHED, "weights<=1x"),
