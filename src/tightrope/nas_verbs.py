@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightrope.arguments import AsJson
+from tightrope import arguments as arg
 from tightrope.command import Json
-from tightrope.view import View, grid
+from tightrope.errors import InputError
+from tightrope.view import View, accuracies, grid
+
+if TYPE_CHECKING:
+    from tightrope.nas import Found
 
 SpaceName = Annotated[str, typer.Option(help="imagenet, cifar, fashion, or a TOML file.")]
 
 
 def register(verb: Callable[..., Callable[[Callable[..., Json | None]], object]]) -> None:
     """Make commands of the verbs; `verb` is the command line's decorator."""
-    verb(kept="the same command goes on where it stopped")(measure)
+    for function in (measure, binas):
+        verb(kept="the same command goes on where it stopped")(function)
 
 
 def measure(
@@ -33,7 +40,7 @@ def measure(
     visits: Annotated[int, typer.Option(help="Rounds over everything; the least median counts.")] = 3,
     networks: Annotated[int, typer.Option(help="Random whole networks; a third is held out.")] = 36,
     seed: Annotated[int, typer.Option(help="Of the random networks.")] = 0,
-    as_json: AsJson = False,
+    as_json: arg.AsJson = False,
 ) -> Json:
     """Time every block of a search space on a device, and how well that predicts whole networks."""
     from tightrope.measure import measure as work
@@ -64,4 +71,138 @@ def measure(
         "held_out": fit.held_out,
         "held_out_error": fit.held_out_error,
         "held_out_worst": fit.held_out_worst,
+    }
+
+
+def binas(
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget", "-b", help="online_ms, macs, weights: 'online_ms<=0.1', 'macs<=40%,weights<=1e5'."
+        ),
+    ],
+    space: SpaceName = "fashion",
+    data: arg.Dataset = "fashion-mnist",
+    root: arg.Root = None,
+    image_size: arg.ImageSize = None,
+    out: arg.Out = Path("runs/binas"),
+    work: Annotated[
+        Path | None,
+        typer.Option(help="What serves every budget: supernet, table, accuracies. [default: runs/SPACE]"),
+    ] = None,
+    solver: Annotated[str, typer.Option(help="pareto, milp, iqcp: exact; bcfw, evo: not.")] = "pareto",
+    estimator: Annotated[
+        str, typer.Option(help="released, conditional, linear, bilinear, or auto: what ranks best.")
+    ] = "auto",
+    candidates: Annotated[int, typer.Option(help="Networks that are validated before one is taken.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu (torch), cuda, onnx or openvino.")] = "onnx",
+    threads: Annotated[int, typer.Option(help="Of the processor, within an op.")] = 1,
+    batch: Annotated[int, typer.Option(help="Images that are timed together.")] = 1,
+    clock: Annotated[str, typer.Option(help="wall, or cpu; as in measure.")] = "wall",
+    lut: Annotated[
+        Path | None, typer.Option(help="A latency table of `measure`. [default: measured in --work]")
+    ] = None,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="--lut is of another machine, where the network will run.")
+    ] = False,
+    heaviest_epochs: Annotated[float | None, typer.Option(help="Of the largest network alone.")] = None,
+    elastic_epochs: Annotated[float | None, typer.Option(help="Of all networks together.")] = None,
+    norms: Annotated[str, typer.Option(help="Batch-norm of the supernet: path, or shared.")] = "path",
+    passes: Annotated[int, typer.Option(help="Over the validation images, for every contribution.")] = 20,
+    held_out: Annotated[int, typer.Option(help="Networks that estimators are judged on.")] = 100,
+    epochs: Annotated[float, typer.Option(help="Of fine-tuning what is found; 0 for none.")] = 3.0,
+    devices: arg.Devices = 1,
+    nodes: arg.Nodes = 1,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
+    seed: int = 0,
+    test: Annotated[bool, typer.Option("--test", help="Then read the test split, once.")] = False,
+    overwrite: arg.Overwrite = False,
+    as_json: arg.AsJson = False,
+) -> Json:
+    """Find the best network of a search space within a limit: measure, train, estimate, solve, fine-tune."""
+    from tightrope import nas, pipeline
+    from tightrope.bundle import write_json
+    from tightrope.methods.binas import resolve
+    from tightrope.methods.binas.method import BinasMethod
+    from tightrope.methods.binas.oneshot import ELASTIC, HEAVIEST, OneShot
+    from tightrope.recipe import Recipe
+    from tightrope.report import explain
+    from tightrope.types import atomic_write
+
+    view, found = View(as_json), resolve(space)
+    place = work or Path("runs") / found.name
+    method = BinasMethod(
+        solver=solver, estimator=estimator, candidates=candidates, passes=passes, held_out=held_out, seed=seed
+    )
+    on: dict[str, Any] = {
+        "devices": devices, "nodes": nodes, "accelerator": accelerator, "precision": precision, "seed": seed,
+    }  # fmt: skip
+    if norms not in ("path", "shared"):
+        raise InputError("unknown norms", got=norms, allowed="path, shared")
+    training = OneShot(
+        heaviest=replace(HEAVIEST, **on, **_given(epochs=heaviest_epochs)),
+        elastic=replace(ELASTIC, **on, **_given(epochs=elastic_epochs)),
+        norms=norms,  # type: ignore[arg-type]
+    )
+    if elsewhere and lut is None:
+        raise InputError("--elsewhere is about a table that is given", fix="--lut FILE")
+    tuning = Recipe(epochs=epochs, **on) if epochs else None
+    target = nas.Target(
+        device=device, threads=threads, batch=batch, clock=clock, table=lut, elsewhere=elsewhere
+    )
+
+    def show(entry: Mapping[str, Any]) -> None:
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
+        view.say("  " + "  ".join(shown))
+
+    with view.progress() as progress:
+        result = nas.find(
+            space=found, data=data, root=root, image_size=image_size, budget=budget, method=method,
+            target=target, training=training, work=place, out=out, overwrite=overwrite, log=show,
+            progress=progress,
+        )  # fmt: skip
+    studied = result.studied
+    page = explain.render(found, studied.contributions, studied.errors, studied.compared).encode()
+    atomic_write(place / "explain.html", lambda f: f.write(page))
+    summary = _summary(view, result)
+    write_json(out / "binas.json", summary)
+    if tuning is not None:
+        summary |= pipeline.train(result.bundle, tuning, log=show, warn=view.warn)
+        if test:
+            summary |= pipeline.test(result.bundle)
+        accuracies(view, summary)
+    view.say(f"bundle: {out}   next: {shlex.join(['tightrope', 'run', str(out), '--runtime', 'plain'])}")
+    view.say(f"what each decision contributes: {place / 'explain.html'}")
+    return summary
+
+
+def _given(**values: float | None) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _summary(view: View, result: Found) -> Json:
+    plan, best = result.bundle.plan(), result.answers[0]
+    for title, columns, rows in [
+        (t["title"], t["columns"], t["rows"]) for t in result.bundle.record()["shown"]
+    ]:
+        table = grid(title, *columns)
+        for row in rows:
+            table.add_row(*row)
+        view.table(table)
+    for note in plan.notes:
+        view.say(note)
+    return {
+        "bundle": str(result.bundle.path),
+        "architecture": plan.choices["network"]["architecture"],
+        "predicted": plan.predicted.as_dict(),
+        "limits": plan.budget,
+        "predicted_accuracy": [answer.gain for answer in result.answers],
+        "gap": best.gap if best.bound < float("inf") else None,
+        "validation_inherited": result.validated,
+        "taken": result.taken,
+        "measured_ms": result.measured_ms,
+        "estimators": {
+            c.estimator.name: vars(c.agreement) | {"images": c.images} for c in result.studied.compared
+        },
     }

@@ -84,9 +84,12 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Point:
+    """`span`: an interval of y around the point, drawn as a whisker."""
+
     x: float
     y: float
     hover: str
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,14 @@ def _series(x: Axis, y: Axis, series: Series) -> Markup:
         for a, b, hover in placed
         if series.mark is not None
     )
-    return Markup('<g class="{}">{}{}</g>').format(series.style, line, marks)
+    whiskers = Markup("").join(
+        Markup('<path class="line" d="M{:.1f} {:.1f}V{:.1f}"/>').format(
+            *_at(x, y, p.x, p.span[0]), _at(x, y, p.x, p.span[1])[1]
+        )
+        for p in series.points
+        if p.span is not None
+    )
+    return Markup('<g class="{}">{}{}{}</g>').format(series.style, line, whiskers, marks)
 
 
 def _legend(series: Sequence[Series]) -> Markup:

@@ -13,7 +13,10 @@ products of depths of two stages as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import product
@@ -72,6 +75,21 @@ def best(problem: Staged, count: int, *, found: Sequence[Choice] = (), seconds: 
         except BudgetError:  # there are no more
             break
     return answers
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """HiGHS 1.12 writes a line of its own to the standard output, whatever it is told, which may be JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @dataclass
@@ -192,13 +210,14 @@ class _Model:
         with np.errstate(divide="ignore", invalid="ignore"):
             scale = np.where(np.isfinite(room) & (room > 0), _SCALE / room, 1.0)
         matrix, high = self._limits(room, scale)
-        return milp(
-            -self.objective,
-            integrality=self.whole,
-            bounds=Bounds(0, 1),
-            constraints=[self.rows, LinearConstraint(matrix, -np.inf, high)],
-            options={"time_limit": seconds, "mip_rel_gap": 0},
-        )
+        with _silence():
+            return milp(
+                -self.objective,
+                integrality=self.whole,
+                bounds=Bounds(0, 1),
+                constraints=[self.rows, LinearConstraint(matrix, -np.inf, high)],
+                options={"time_limit": seconds, "mip_rel_gap": 0},
+            )
 
     def choice(self, x: FloatArray) -> Choice:
         problem, K, Z = self.problem, self.problem.options, self.problem.blocks * self.problem.options

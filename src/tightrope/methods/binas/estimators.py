@@ -114,12 +114,13 @@ def mlp(
         best, state = float("inf"), net.state_dict()
         for _ in range(steps):
             optimizer.zero_grad()
-            nn.functional.smooth_l1_loss(net.train()(x[held:]), y[held:]).backward()
+            loss = nn.functional.smooth_l1_loss(net.train()(x[held:]), y[held:])
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             with torch.no_grad():
-                loss = float(nn.functional.smooth_l1_loss(net.eval()(x[:held]), y[:held]))
-            if loss < best:
-                best, state = loss, {k: v.clone() for k, v in net.state_dict().items()}
+                error = float(nn.functional.smooth_l1_loss(net.eval()(x[:held]), y[:held]))
+            if error < best:
+                best, state = error, {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(state)
 
     def predict(others: Sequence[Choice]) -> FloatArray:

@@ -50,8 +50,9 @@ class Conditions:
     host: Mapping[str, str | int]
 
     def __str__(self) -> str:
-        where = ", ".join(f"{v}" for v in self.host.values())
-        rest = f"{self.threads} threads, batch {self.batch}, {self.clock} clock"
+        where = ", ".join(f"{k} {v}" for k, v in self.host.items())
+        threads = f"{self.threads} thread" + ("s" if self.threads > 1 else "")
+        rest = f"{threads}, batch {self.batch}, {self.clock} clock"
         return f"{self.device} ({self.runtime}), {rest}, on {where}"
 
 
@@ -96,13 +97,17 @@ class LatencyTable:
         return [space.choice(Architecture.parse(text)) for text in self.networks_ms]
 
     def raw(self, space: Space, choice: Choice) -> float:
-        """The sum of the parts' times."""
-        return sum(least(self.parts_ms[key]) for key in of_choice(space, choice))
+        """The sum of the parts' times, in ms per image."""
+        return sum(self.part_ms(key) for key in of_choice(space, choice))
+
+    def part_ms(self, key: str) -> float:
+        """Per image."""
+        return least(self.parts_ms[key]) / self.conditions.batch
 
     @cached_property
     def measured(self) -> FloatArray:
-        """Of the whole networks, in their order."""
-        return np.array([least(found) for found in self.networks_ms.values()])
+        """Of the whole networks, in their order; ms per image."""
+        return np.array([least(found) for found in self.networks_ms.values()]) / self.conditions.batch
 
     def calibration(self, space: Space) -> Calibration:
         """Least squares of the relative errors of the fitted networks."""
@@ -116,17 +121,17 @@ class LatencyTable:
         )
 
     def priced(self, space: Space) -> tuple[float, dict[tuple[int, int], FloatArray]]:
-        """(fixed, price per option of every (stage, position)) in ms: what `objective.staged` takes."""
+        """(fixed, price per option of every (stage, position)) in ms per image, as `objective` takes them."""
         fit = self.calibration(space)
-        fixed = fit.intercept_ms + fit.slope * sum(least(self.parts_ms[key]) for key in FIXED)
+        fixed = fit.intercept_ms + fit.slope * sum(self.part_ms(key) for key in FIXED)
         prices = {
-            place: fit.slope * np.array([least(self.parts_ms[key]) for key in named])
+            place: fit.slope * np.array([self.part_ms(key) for key in named])
             for place, named in keys(space).items()
         }
         return fixed, prices
 
     def predict(self, space: Space, choice: Choice) -> float:
-        """Milliseconds of a whole network, by the formula."""
+        """Milliseconds per image of a whole network, by the formula."""
         fit = self.calibration(space)
         return fit.intercept_ms + fit.slope * self.raw(space, choice)
 

@@ -1,0 +1,295 @@
+"""`tightrope binas`: from a search space, images and a limit to a trained network in a bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from tightrope import data as datasets
+from tightrope.bundle import Bundle
+from tightrope.data import Data
+from tightrope.device import conditions, open_device, time_ms, torch_threads
+from tightrope.errors import BudgetError, InputError
+from tightrope.graph import trace
+from tightrope.learning import EVERYTHING, ask, keep
+from tightrope.lower import lower
+from tightrope.measure import measure as measure_latency
+from tightrope.methods import Learned, Shown
+from tightrope.methods.binas import accuracies, latency, oneshot
+from tightrope.methods.binas.accuracies import Accuracies
+from tightrope.methods.binas.choosing import Compared, candidates, check, compare, pick
+from tightrope.methods.binas.contributions import PERCENT, contributions
+from tightrope.methods.binas.counts import METRICS, counts
+from tightrope.methods.binas.extract import extract
+from tightrope.methods.binas.latency import METRIC, LatencyTable
+from tightrope.methods.binas.method import BinasMethod, chosen
+from tightrope.methods.binas.objective import Contributions, problem
+from tightrope.methods.binas.oneshot import OneShot
+from tightrope.methods.binas.space import Space
+from tightrope.methods.binas.supernet import Supernet
+from tightrope.program import base_cost
+from tightrope.solve.staged import Answer, Choice
+from tightrope.types import Budget, Cost, Json
+
+Progress = Callable[[str, int, int], None]
+Log = Callable[[Mapping[str, Json]], None]
+RUNS, VISITS = 25, 3
+LIMITED = (METRIC, *METRICS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where the network is to run: see `measure.measure`. `elsewhere`: the table given is of another machine,
+    so nothing is timed here."""
+
+    device: str = "onnx"
+    threads: int = 1
+    batch: int = 1
+    clock: str = "wall"
+    table: Path | None = None
+    elsewhere: bool = False
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What is known of a space once its supernet is trained: the same for every limit."""
+
+    space: Space
+    data: Data
+    supernet: Supernet = field(repr=False)
+    contributions: Contributions = field(repr=False)
+    errors: Contributions = field(repr=False)
+    fitted: Accuracies = field(repr=False)
+    held_out: Accuracies = field(repr=False)
+    compared: list[Compared] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """`answers` best first as predicted; `validated` their accuracies in [0, 1] with inherited weights."""
+
+    bundle: Bundle
+    studied: Studied
+    answers: list[Answer]
+    validated: list[float]
+    taken: int
+    measured_ms: float | None
+
+
+def latency_table(
+    space: Space, target: Target, work: Path, progress: Progress, **settings: int
+) -> LatencyTable:
+    """The table given, or the one of this machine under `work`, measured where it is not there yet.
+
+    Raises InputError for a table of another space, device or machine, with both named.
+    """
+    path = target.table or work / f"latency-{target.device}.json"
+    how = {"threads": target.threads, "batch": target.batch, "clock": target.clock}
+    if target.table is None:
+        return measure_latency(space, target.device, path, progress=progress, **how, **settings)  # type: ignore[arg-type]
+    table = latency.load(path, space)
+    if not target.elsewhere:
+        device = open_device(target.device, target.threads)
+        table.check(space, conditions(target.device, device, **how))  # type: ignore[arg-type]
+    return table
+
+
+def study(
+    space: Space,
+    data: Data,
+    method: BinasMethod,
+    training: OneShot,
+    work: Path,
+    *,
+    log: Log | None = None,
+    progress: Progress = lambda *_: None,
+) -> Studied:
+    """Train the supernet and measure networks with its weights on validation images; each part is kept under
+    `work`, and an interrupted call goes on there.
+
+    Contributions and fitted networks see the same number of images: `passes` times the validation split, the
+    latter as ten times as many networks on a tenth of it.
+    """
+    supernet = oneshot.train(space, data, training, folder=work / "oneshot", log=log)
+    whole = data.size("validation")
+    some = max(1, whole // 10)
+    means, errors = contributions(
+        supernet, data, passes=method.passes, seed=method.seed, file=work / "contributions.hits",
+        progress=progress,
+    )  # fmt: skip
+    generator = np.random.default_rng(method.seed)
+    fit = _distinct(space, generator, method.passes * whole // some, set())
+    rest = _distinct(space, generator, method.held_out, set(fit))
+    fitted = accuracies.measure(
+        supernet, data, fit, images=some, file=work / "fitted.hits", progress=progress
+    )
+    held_out = accuracies.measure(supernet, data, rest, file=work / "networks.hits", progress=progress)
+    compared = compare(space, means, method.passes * whole, fitted, held_out)
+    return Studied(space, data, supernet, means, errors, fitted, held_out, compared)
+
+
+def find(
+    *,
+    space: Space,
+    data: str,
+    root: Path | None = None,
+    image_size: int | None = None,
+    budget: str,
+    method: BinasMethod,
+    target: Target,
+    training: OneShot,
+    work: Path,
+    out: Path,
+    overwrite: bool = False,
+    log: Log | None = None,
+    progress: Progress = lambda *_: None,
+) -> Found:
+    """The best network of `space` within `budget`, with inherited weights, as a bundle at `out`; its teacher
+    is the largest network. What does not depend on the budget is kept under `work` for the next one.
+
+    Raises a TightropeError before any training when the budget, the data or the latency table cannot be used.
+    """
+    limits = Budget.parse(budget)
+    if unknown := sorted({limit.metric for limit in limits.limits} - set(LIMITED)):
+        raise BudgetError("binas limits other quantities", got=unknown[0], allowed=LIMITED)
+    Bundle.check_target(out, overwrite=overwrite)
+    images = datasets.load(data, root=root, image_size=image_size)
+    work.mkdir(parents=True, exist_ok=True)
+    timed = target.table is not None or any(limit.metric == METRIC for limit in limits.limits)
+    table = latency_table(space, target, work, progress) if timed else None
+    largest = cost(space, space.largest(), table)
+    resolved = limits.resolve(largest)
+    priced = {} if table is None else {METRIC: table.priced(space)}
+    check(space, method, resolved, priced)
+    studied = study(space, images, method, training, work, log=log, progress=progress)
+    staged = problem(space, pick(method, studied.compared), resolved, priced=priced)
+    answers = candidates(method, staged)
+    choices = [answer.choice for answer in answers]
+    scored = accuracies.measure(
+        studied.supernet, images, choices, file=work / "networks.hits", progress=progress
+    )
+    taken = int(scored.mean.argmax())
+    net = extract(studied.supernet, choices[taken])
+    ms = None
+    if table is not None and not target.elsewhere:
+        ms = time_network(space, net, target)
+    teacher = extract(studied.supernet, space.largest())
+    learned = Learned(
+        choices=chosen(space.architecture(choices[taken]), space.classes),
+        tensors={k: v.detach().clone() for k, v in net.state_dict().items()},
+        predicted=cost(space, choices[taken], table, net),
+        baseline=cost(space, space.largest(), table, teacher),
+        loss=PERCENT * (1 - float(scored.mean[taken])),
+        accuracy=float(scored.mean[taken]),
+        controls={"random networks of the space": float(studied.held_out.mean.mean())},
+        front=_front(space, studied, table),
+        shown=(_network(space, choices[taken]), _tried(answers, scored), _estimators(studied.compared)),
+        notes=_notes(method, answers[0], table, ms),
+    )
+    model = f"arch:{space.architecture(space.largest())}"
+    about = {
+        "model": model, "num_classes": space.classes, "in_channels": space.input_shape[0],
+        "data": datasets.located(data), "root": None if root is None else os.path.abspath(root),
+        "image_size": image_size, "runtime": method.runtime, "pricing": {}, "task": None,
+    }  # fmt: skip
+    bundle = Bundle.create(out, about, teacher, overwrite=overwrite)
+    asked = ask(images, EVERYTHING, image_size, method.seed)
+    keep(bundle, method, learned, asked, limits, model, trace(teacher, space.input_shape))
+    return Found(bundle, studied, answers, [float(v) for v in scored.mean], taken, ms)
+
+
+def time_network(space: Space, net: nn.Module, target: Target) -> float:
+    """Milliseconds per image: the least median of some visits, as in a latency table."""
+    run = open_device(target.device, target.threads).load(net, space.input_shape, target.batch)
+    with torch_threads(target.threads):
+        return min(time_ms(run, RUNS, target.clock).median_ms for _ in range(VISITS)) / target.batch
+
+
+def cost(space: Space, choice: Choice, table: LatencyTable | None, net: nn.Module | None = None) -> Cost:
+    """What a network costs by its counts and the table; its DReLUs too where it is given."""
+    drelus = 0.0
+    if net is not None:
+        drelus = sum(base_cost(op).drelus for op in lower(net, space.input_shape).ops)
+    ms = 0.0 if table is None else table.predict(space, choice)
+    return Cost(**counts(space, choice), drelus=drelus, online_ms=ms)
+
+
+def _distinct(space: Space, generator: np.random.Generator, count: int, known: set[Choice]) -> list[Choice]:
+    """Random networks, none twice; raises InputError where the space has too few."""
+    if count + len(known) > space.count:
+        raise InputError("the space has fewer networks than are to be measured", got=f"{space.count:,}")
+    found: dict[Choice, None] = {}
+    while len(found) < count:
+        choice = space.random(generator)
+        if choice not in known:
+            found[choice] = None
+    return list(found)
+
+
+def _front(space: Space, studied: Studied, table: LatencyTable | None) -> tuple[dict[str, float], ...]:
+    """Of the held-out networks, those that no other one beats in cost and accuracy at once."""
+    points, metric = [], "macs" if table is None else METRIC
+    for choice, accuracy in zip(studied.held_out.choices, studied.held_out.mean, strict=True):
+        spent = cost(space, choice, table)
+        points.append({metric: getattr(spent, metric), "accuracy": float(accuracy)})
+    points.sort(key=lambda p: (p[metric], -p["accuracy"]))
+    front: list[dict[str, float]] = []
+    for point in points:
+        if not front or point["accuracy"] > front[-1]["accuracy"]:
+            front.append(point)
+    return tuple(front)
+
+
+def _network(space: Space, choice: Choice) -> Shown:
+    rows = [
+        (str(s + 1), str(space.stages[s].channels), " | ".join(str(space.options[k]) for k in options))
+        for s, options in enumerate(choice)
+    ]
+    return Shown(title="The network", columns=("stage", "channels", "blocks"), rows=tuple(rows))
+
+
+def _tried(answers: list[Answer], scored: Accuracies) -> Shown:
+    rows = [
+        (
+            ", ".join(f"{v:,.5g} {m}" for m, v in a.cost.items()),
+            f"{a.gain:.2f} %",
+            f"{mean:.2%} ± {error:.2%}",
+        )
+        for a, mean, error in zip(answers, scored.mean, scored.error, strict=True)
+    ]
+    columns = ("cost", "predicted", "validation, inherited weights")
+    return Shown(title="Candidates, best first as predicted", columns=columns, rows=tuple(rows))
+
+
+def _estimators(compared: list[Compared]) -> Shown:
+    rows = [
+        (
+            c.estimator.name,
+            f"{a.kendall:.3f}",
+            f"{a.spearman:.3f}",
+            f"{a.pearson:.3f}",
+            f"{a.mse:.3f}",
+            f"{c.images:,}",
+        )
+        for c in compared
+        for a in (c.agreement,)
+    ]
+    columns = ("estimator", "Kendall", "Spearman", "Pearson", "MSE, points²", "images")
+    return Shown(title="Estimators of accuracy, on held-out networks", columns=columns, rows=tuple(rows))
+
+
+def _notes(
+    method: BinasMethod, best: Answer, table: LatencyTable | None, measured_ms: float | None
+) -> tuple[str, ...]:
+    proved = f"gap {best.gap:.2g} points" if np.isfinite(best.gap) else "nothing is proved"
+    notes = [f"solver {method.solver}: {proved}, of the estimator's accuracy, which is no measured one"]
+    if table is not None:
+        notes.append(f"milliseconds by the latency table of {table.conditions}")
+    if measured_ms is not None:
+        notes.append(f"measured here: {measured_ms:.4g} ms")
+    return tuple(notes)
