@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -95,10 +95,3 @@ def candidates(method: BinasMethod, staged: Staged) -> list[Answer]:
     """What the solver finds, then the next best networks within the limits, by HiGHS."""
     first = SOLVE[method.solver](staged, method.seed)
     return [first, *staged_milp.best(staged, method.candidates - 1, found=[first.choice])]
-
-
-def frontier(staged: Staged, most: int = 200) -> list[tuple[float, float]]:
-    """(cost, predicted accuracy) of the optima for every limit; of one metric."""
-    line = pareto.frontier(replace(staged, limits=(float("inf"),)))
-    some = np.unique(np.linspace(0, len(line.cost) - 1, most).round().astype(int))
-    return [(float(line.cost[k]), float(line.gain[k])) for k in some]
