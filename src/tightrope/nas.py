@@ -271,7 +271,7 @@ def _network(space: Space, choice: Choice) -> Shown:
 def _tried(answers: list[Answer], scored: Accuracies) -> Shown:
     rows = [
         (
-            ", ".join(f"{v:,.5g} {m}" for m, v in a.cost.items()),
+            ", ".join(f"{v:,.{0 if v >= 1000 else 4}f} {m}" for m, v in a.cost.items()),
             f"{a.gain:.2f} %",
             f"{mean:.2%} ± {error:.2%}",
         )

@@ -30,12 +30,16 @@ class Compared:
 def compare(
     space: Space, measured: Contributions, images: int, fitted: Accuracies, held_out: Accuracies
 ) -> list[Compared]:
-    """Every estimator on the held-out networks, in points of %. `images`: evaluations behind `measured`."""
+    """Every estimator on the held-out networks, in points of %. `images`: evaluations behind `measured`.
+
+    The images of `fitted` may be a part of the others, easier or harder than they are: its accuracies are
+    shifted to the mean of random networks that the contributions have.
+    """
     built = [
         (of_formula("released", space, formula(space, measured)), images),
         (of_formula("conditional", space, formula(space, measured, conditional=True)), images),
     ]
-    accuracy = PERCENT * fitted.mean
+    accuracy = PERCENT * (fitted.mean - fitted.mean.mean()) + measured.mean
     built += [(fit(space, fitted.choices, accuracy), fitted.hits.size) for fit in FITTED]
     wanted = PERCENT * held_out.mean
     return [Compared(e, agreement(e.predict(held_out.choices), wanted), n) for e, n in built]
