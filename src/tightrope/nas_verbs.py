@@ -108,7 +108,7 @@ def binas(
     heaviest_epochs: Annotated[float | None, typer.Option(help="Of the largest network alone.")] = None,
     elastic_epochs: Annotated[float | None, typer.Option(help="Of all networks together.")] = None,
     norms: Annotated[str, typer.Option(help="Batch-norm of the supernet: path, or shared.")] = "path",
-    passes: Annotated[int, typer.Option(help="Over the validation images, for every contribution.")] = 20,
+    passes: Annotated[int, typer.Option(help="Over the validation images, for every contribution.")] = 60,
     held_out: Annotated[int, typer.Option(help="Networks that estimators are judged on.")] = 100,
     epochs: Annotated[float, typer.Option(help="Of fine-tuning what is found; 0 for none.")] = 3.0,
     devices: Annotated[int, typer.Option(help="Processes (or GPUs) per machine, for one-shot training.")] = 1,
