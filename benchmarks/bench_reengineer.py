@@ -40,6 +40,7 @@ Json = dict[str, Any]
 TASKS = ("3", "6", "8", "0,2,4,6", "5,7,9")
 PUBLISHED = {
     "mode": "reference", "granularity": "weight", "head": "relu_linear", "lr_head": 0.1, "lr_mask": 0.1,
+    "alpha": 10.0,
 }  # fmt: skip
 MODES: dict[str, tuple[Json, str]] = {
     "reference": (PUBLISHED, "weights<=1x"),
@@ -176,16 +177,12 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--donor-epochs", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=7)
-    parser.add_argument("--images", type=int, default=4800)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--images", type=int, default=3200)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_reengineer"))
-    parser.add_argument("--donors-only", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load("fashion-mnist")
-    nets = {name: donor(name, options.donor_epochs, data, options.work) for name in options.donors}
-    if options.donors_only:
-        return
     size = f"{options.donor_epochs}-{options.epochs}-{options.images}"
     command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs} --images {options.images}"
     found = {}
@@ -193,7 +190,7 @@ def main() -> None:
     for seed, name, task, mode in wanted:
         path = options.work / f"{name}-{task}-{mode}-{seed}-{size}.json"
         if not path.exists():
-            graph = trace(nets[name], data.input_shape)
+            graph = trace(donor(name, options.donor_epochs, data, options.work), data.input_shape)
             path.write_text(json.dumps(one(graph, data, task, mode, seed, options.epochs, options.images)))
         found[name, task, mode, seed] = json.loads(path.read_text())
         print(path.name, found[name, task, mode, seed], flush=True)

@@ -143,6 +143,35 @@ def test_a_service_that_fails_does_not_look_as_if_it_had_been_stopped() -> None:
         deploy._until({signal.SIGUSR1}, Broken())
 
 
+SLEEPER = """
+import signal, threading
+from tightrope import deploy
+class Sleeper:
+    def __init__(self): self.told = threading.Event()
+    def run(self):
+        print("up", flush=True)
+        self.told.wait(60)
+    def stop(self): self.told.set()
+signals = {signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+deploy._until(signals, Sleeper())
+"""
+
+
+def test_a_machine_that_sleeps_and_wakes_up_goes_on_serving() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    for _ in range(3):
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.4)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(SOON_S) == 0
+    process.stdout.close()
+
+
 @pytest.mark.slow
 def test_three_machines_from_certificates_to_a_prediction_and_a_crash(home: Path, expect: Expect) -> None:
     data, bundle = load("embedded"), Bundle.open(home / "server" / "bundle")

@@ -43,6 +43,19 @@ def test_the_chosen_sites_change_and_no_others():
     assert [s.name for s in placed.sites] == ["stem.2", "layer1.relu", "layer2.relu_1"]
 
 
+def test_what_is_placed_may_have_sites_of_its_own():
+    graph = trace(settle(TinyResNet()), SHAPE)
+
+    def rewrite(site, module, choice):
+        return nn.Sequential(nn.ReLU(), nn.Tanh()) if choice == "two" else by_name(site, module, choice)
+
+    placed = place(graph, {"stem.2.0": "identity", "stem.2": "two"}, rewrite)
+    assert isinstance(placed.module.get_submodule("stem.2.0"), nn.Identity)
+    assert isinstance(placed.module.get_submodule("stem.2.1"), nn.Tanh)
+    with pytest.raises(InputError, match=r"stem\.2\.7"):
+        place(graph, {"stem.2": "two", "stem.2.7": "identity"}, rewrite)
+
+
 def test_the_graph_and_the_model_stay_as_they_were():
     model = settle(TinyResNet())
     graph = trace(model, SHAPE)

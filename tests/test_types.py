@@ -65,7 +65,7 @@ def test_budgets_are_read(text, limits):
         ("drelus<=1e999", "finite"),
         ("drelus<=-5", "not negative"),
         ("drelu<=5", "unknown quantity.*\n.*drelu\n.*drelus"),
-        ("power<=5", "allowed: drelus, offline_bytes, offline_ms, online_bytes, online_ms$"),
+        ("power<=5", "allowed: ckks_levels, drelus, offline_bytes, offline_ms, online_bytes, online_ms$"),
         ("drelus<=5,drelus<=6", "twice"),
     ],
 )

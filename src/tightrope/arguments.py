@@ -25,18 +25,6 @@ Network = Annotated[
 Profile = Annotated[
     Path | None, typer.Option(help="Of predicted times: what `tightrope calibrate` measured.")
 ]
-RunMode = Annotated[
-    str | None,
-    typer.Option("--mode", help="Of ckks: execute, or simulate: in the clear, predicted."),
-]
-LogN = Annotated[
-    int | None,
-    typer.Option(help="Of ckks: the ring's degree as a power of two. [default: the smallest secure one]"),
-]
-ScaleBits = Annotated[int | None, typer.Option(help="Of ckks: bits of the fixed point. [default: 40]")]
-MemoryGB = Annotated[
-    float | None, typer.Option(help="Of ckks: refuse to take more. [default: four fifths of what is free]")
-]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a bundle that holds a fine-tuned network or measurements."),
@@ -52,7 +40,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting of the method, NAME=VALUE; repeat.")
 ]
 Classes = Annotated[
-    str | None, typer.Option(help="Of reengineer: one class against the rest, or several, e.g. 2,5,7.")
+    str | None, typer.Option(help="Of reengineer: one class against the rest, several (2,5,7), or each.")
 ]
 Superclasses = Annotated[Path | None, typer.Option(help="Of reengineer: a JSON file {name: [classes]}.")]
 NewData = Annotated[str | None, typer.Option(help="Of reengineer: images of another task.")]

@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from tightrope import arguments as arg
-from tightrope import nas_verbs
+from tightrope import deploy, nas_verbs, running, studies
 from tightrope.command import Json, app, verb
-from tightrope.deploy import register
-from tightrope.errors import InputError, TightropeError
+from tightrope.errors import TightropeError
 from tightrope.recipe import Recipe
-from tightrope.view import View, accuracies, control, grid, measurement, plan_summary, predicted, times
+from tightrope.view import View, accuracies, control, grid, plan_summary, tasks
 
 if TYPE_CHECKING:
     from tightrope.bundle import Bundle
-    from tightrope.runtimes import Estimate
 
 DEMO_EPOCHS = 4
 RECIPE = Recipe()
@@ -63,7 +61,7 @@ def search(
 ) -> Json | None:
     """Measure every option of a network and choose the best ones within a budget."""
     from tightrope import pipeline
-    from tightrope.learning import Wanted
+    from tightrope.learning import EACH, Wanted
     from tightrope.methods import parse_settings
     from tightrope.shard import launch
 
@@ -78,13 +76,17 @@ def search(
     prices: Json = {} if network is None else {"network": network}
     if profile is not None:
         prices["profile"] = pipeline.read_profile(profile)
+    asked: Json = {
+        "model": model, "data": data, "method": method, "config": config, "weights": weights, "root": root,
+        "image_size": image_size, "runtime": runtime, "pricing": prices, "budget": budget, "out": out,
+        "overwrite": overwrite, "shard": shard,
+    }  # fmt: skip
     wanted = Wanted(classes=classes, superclasses=superclasses, new_data=new_data)
     with view.progress() as progress:
-        bundle = pipeline.search(
-            model=model, data=data, budget=budget, out=out, method=method, config=config, weights=weights,
-            root=root, image_size=image_size, runtime=runtime, pricing=prices, wanted=wanted,
-            overwrite=overwrite, progress=progress, warn=view.warn, shard=shard,
-        )  # fmt: skip
+        if wanted == EACH:
+            several = pipeline.search_each(**asked, progress=progress)
+            return tasks(view, several) if shard.first else None
+        bundle = pipeline.search(**asked, wanted=wanted, progress=progress, warn=view.warn)
     return _chosen(view, bundle) if shard.first else None
 
 
@@ -192,97 +194,7 @@ def finetune(
     return result
 
 
-@verb()
-def run(
-    bundle: arg.BundleDir,
-    runtime: Annotated[
-        str,
-        typer.Option(help="plain; mpc: three processes, none sees image and weights; ckks: on ciphertexts."),
-    ] = "mpc",
-    image: Annotated[Path | None, typer.Option(help="A PNG or JPEG.")] = None,
-    resize: Annotated[
-        bool, typer.Option("--resize", help="Scale an image of another size, and cut out the centre.")
-    ] = False,
-    count: Annotated[
-        int | None, typer.Option(help="Without an image: so many test images. [default: 1]")
-    ] = None,
-    port: Annotated[int | None, typer.Option(help="First of the loopback ports of mpc.")] = None,
-    reveal: Annotated[
-        str | None, typer.Option(help="What mpc shows the client: logits, or only the label.")
-    ] = None,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Run nothing: predict what --count images together will cost.")
-    ] = False,
-    network: arg.Network = None,
-    profile: arg.Profile = None,
-    ring: Annotated[
-        str | None, typer.Option(help="Of mpc: 64, 32 (half of the bytes), or auto: 32 if precise enough.")
-    ] = None,
-    mode: arg.RunMode = None,
-    log_n: arg.LogN = None,
-    scale_bits: arg.ScaleBits = None,
-    memory_gb: arg.MemoryGB = None,
-    as_json: arg.AsJson = False,
-) -> Json:
-    """Execute a bundle's network and show what it predicts and what it really cost."""
-    import numpy as np
-
-    from tightrope import pipeline
-    from tightrope.bundle import Bundle
-    from tightrope.data import read_image
-    from tightrope.options import settings
-    from tightrope.runtimes import runtime_type
-
-    view = View(as_json)
-    opened = Bundle.open(bundle)
-    runtime_type(runtime)
-    if image is not None and count is not None:
-        raise InputError("one image, or so many test images", got=f"--image {image} with --count {count}")
-    asked = {
-        "port": port, "reveal": reveal, "network": network, "profile": profile, "ring": ring, "mode": mode,
-        "log_n": log_n, "scale_bits": scale_bits, "memory_gb": memory_gb,
-    }  # fmt: skip
-    config = settings(opened, runtime, asked)
-    measured_times = None if profile is None else pipeline.read_profile(profile)
-
-    def expect(batch: int) -> tuple[Estimate, Mapping[str, Any]]:
-        return pipeline.estimate(opened, runtime=runtime, batch=batch, config=config, profile=measured_times)
-
-    if estimate:
-        batch = 1 if count is None else count
-        return predicted(view, *expect(batch), batch)
-    if image is None and resize:
-        raise InputError("--resize is for an image of your own", got="--resize without --image")
-    data = opened.data()
-    if image is not None:
-        x, labels = read_image(image, data, resize=resize).numpy(), None
-    else:
-        x, labels = pipeline.test_images(data, 1 if count is None else count)
-    outputs, expected, measured = pipeline.run(
-        opened, x, runtime=runtime, config=config, mode=mode or "execute", warn=view.warn
-    )
-    got, want = outputs.argmax(-1), expected.argmax(-1)
-    error = None if reveal == "label" else float(np.abs(outputs - expected).max())
-    table = grid("Predictions", "image", "predicted", "plain", *(() if labels is None else ("label",)))
-    for k in range(len(x)):
-        row = [str(image or k), data.classes[got[k]], data.classes[want[k]]]
-        table.add_row(*row, *(() if labels is None else (data.classes[labels[k]],)))
-    view.table(table)
-    same = int((got == want).sum())
-    difference = "" if error is None else f"; largest difference of an output: {error:.3g}"
-    view.say(f"same class as plain: {same} of {len(x)}{difference}")
-    measurement(view, measured)
-    expected_cost = None if runtime == "plain" else expect(len(x))[0].total
-    if expected_cost is not None:
-        times(view, expected_cost, measured.total)
-    return {
-        "predictions": [data.classes[k] for k in got],
-        "plain": [data.classes[k] for k in want],
-        "labels": None if labels is None else [data.classes[k] for k in labels],
-        "max_abs_error": error,
-        "measurement": measured.to_dict(),
-        "predicted": None if expected_cost is None else expected_cost.as_dict(),
-    }
+run = verb()(running.run)
 
 
 @verb()
@@ -371,8 +283,9 @@ def demo(
     return result
 
 
-register(verb())  # the verbs of parties on machines of their own
+deploy.register(verb())  # the verbs of parties on machines of their own
 nas_verbs.register(verb)
+studies.register(verb, app)
 
 
 def main() -> None:

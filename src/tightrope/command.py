@@ -22,8 +22,10 @@ Json = dict[str, Any]
 Verb = TypeVar("Verb", bound=Callable[..., Json | None])
 
 
-def verb(kept: str = "") -> Callable[[Verb], Verb]:
-    """Make a function a command. Its result is printed for --json; `kept`: what Ctrl-C leaves of its work."""
+def verb(kept: str = "", app: typer.Typer = app) -> Callable[[Verb], Verb]:
+    """Make a function a command of `app`. Its result is printed for --json; `kept`: what Ctrl-C leaves of its
+    work.
+    """
 
     def register(function: Verb) -> Verb:
         @wraps(function)

@@ -26,6 +26,7 @@ RoleName = Annotated[str | None, typer.Option("--role", help="client, server or 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+LOOK_S = 0.2  # so often a service looks for a signal
 Resize = Annotated[
     bool, typer.Option("--resize", help="Scale images of another size, and cut out the centre.")
 ]
@@ -144,7 +145,10 @@ def _until(signals: set[signal.Signals], served: Runs) -> None:
     thread.start()
     stopping = False
     while thread.is_alive():
-        if signal.sigtimedwait(signals, 0.2) is not None:
+        thread.join(LOOK_S)
+        # Not sigtimedwait, which returns without a signal when a stopped process goes on (Python 3.11).
+        if signal.sigpending() & signals:
+            signal.sigwait(signals)
             if stopping:
                 os._exit(1)
             stopping = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 from tightrope import data as datasets
 from tightrope.bundle import LEARNING, Bundle
 from tightrope.data import Data, Task
+from tightrope.donor import Donor
 from tightrope.errors import InputError
 from tightrope.graph import Graph
-from tightrope.methods import Learned, Learner
+from tightrope.methods import Learned, Learner, Progress
 from tightrope.place import model_sha256
+from tightrope.shard import Shard
 from tightrope.types import Budget, Json, Plan
 
 
@@ -41,6 +44,7 @@ class Wanted:
 
 
 EVERYTHING = Wanted()
+EACH = Wanted(classes="each")  # of the command line: `learn_each`
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,73 @@ def ask(images: Data, wanted: Wanted, image_size: int | None, seed: int) -> Aske
         images.classes, chosen=wanted.classes, superclasses=wanted.superclasses, seed=seed
     )
     return Asked(datasets.view(images, task), task, datasets.sample_sha256(images, task))
+
+
+def learn(
+    donor: Donor,
+    wanted: Wanted,
+    budget: Budget,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress,
+    shard: Shard,
+) -> Bundle:
+    """One task: train within the budget, and write a bundle."""
+    method = donor.method
+    assert isinstance(method, Learner)
+    asked = ask(donor.images, wanted, donor.about["image_size"], int(getattr(method, "seed", 0)))
+    learned = method.learn(
+        donor.graph,
+        asked.data,
+        task=asked.task,
+        budget=budget,
+        cost=donor.cost,
+        workdir=out / LEARNING,
+        progress=progress,
+        shard=shard,
+    )
+    if shard.first:
+        about = {**donor.about, "task": asked.to_json()}
+        bundle = Bundle.create(out, about, donor.net, overwrite=overwrite)
+        keep(bundle, method, learned, asked, budget, donor.about["model"], donor.graph)
+    shard.barrier()
+    return Bundle(out)
+
+
+def learn_each(
+    donor: Donor, budget: Budget, out: Path, *, overwrite: bool = False, progress: Progress, shard: Shard
+) -> list[Bundle]:
+    """Every class against the rest: a bundle each, `out`/NUMBER-NAME. Processes take classes in turn.
+
+    Interrupted, the same call goes on: a bundle of the same network, method and budget is not made again.
+    Raises InputError for a method that does not make networks for tasks, before anything is trained.
+    """
+    if not isinstance(donor.method, Learner):
+        EACH.refuse(donor.method.name)
+    names = donor.images.classes
+    paths = [
+        out / f"{k}-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}" for k, name in enumerate(names)
+    ]
+    sha256 = model_sha256(donor.graph.module)
+    waiting = [k for k, path in enumerate(paths) if overwrite or not _made(path, donor, budget, sha256)]
+    for k in waiting:
+        Bundle.check_target(paths[k], overwrite=overwrite)
+    own = waiting[shard.rank :: shard.world]
+    for done, k in enumerate(own):
+        one = Wanted(classes=str(k))
+        learn(donor, one, budget, paths[k], overwrite=overwrite, progress=lambda *_: None, shard=Shard())
+        progress("tasks", done + 1, len(own))
+    shard.barrier()
+    return [Bundle(path) for path in paths]
+
+
+def _made(path: Path, donor: Donor, budget: Budget, sha256: str) -> bool:
+    if not (path / "plan.json").is_file():
+        return False
+    plan = Bundle(path).plan()
+    config = asdict(donor.method)  # type: ignore[call-overload]
+    return (plan.base_sha256, plan.budget, dict(plan.config)) == (sha256, str(budget), config)
 
 
 def keep(

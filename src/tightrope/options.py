@@ -21,6 +21,9 @@ OWNERS: Mapping[str, str] = {
     "log_n": "ckks",
     "scale_bits": "ckks",
     "memory_gb": "ckks",
+    "bootstrap": "ckks",
+    "refresh_levels": "ckks",
+    "squares": "ckks",
 }
 NO_SETTINGS = ("profile", "mode")  # of predictions and of sessions
 

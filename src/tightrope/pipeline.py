@@ -5,7 +5,6 @@ The command line is a thin layer over these; they can be called from Python just
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -18,19 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tightrope import data as datasets
-from tightrope import models
-from tightrope.bundle import DISTORTION, LEARNING, Bundle, write_json
+from tightrope.bundle import DISTORTION, Bundle, write_json
 from tightrope.choose import CALIBRATION, Chooser, exact_cost, freeze
 from tightrope.data import Data
+from tightrope.donor import open_donor
 from tightrope.errors import InputError, TightropeError, TraceError
 from tightrope.evaluate import chance
 from tightrope.finetune import Recipe, accuracy, finetune, recalibrate
 from tightrope.forms import parse
 from tightrope.graph import trace
-from tightrope.learning import EVERYTHING, Wanted, ask, keep
+from tightrope.learning import EVERYTHING, Wanted, learn, learn_each
 from tightrope.lock import check_unlocked, locked
-from tightrope.methods import Finishes, Learner, Method, configure
+from tightrope.methods import Finishes, Learner
 from tightrope.place import model_sha256, place
 from tightrope.program import Program
 from tightrope.replan import pricing_of
@@ -77,42 +75,16 @@ def search(
     """
     limits = Budget.parse(budget)
     Bundle.check_target(out, overwrite=overwrite)
-    chosen: Method | Learner = configure(method, config or {})
-    runtime = runtime or chosen.runtime
-    cost: Pricing = runtime_type(runtime)().pricing(**(pricing or {}))
-    images = datasets.load(data, root=root, image_size=image_size)
-    classes, channels = len(images.classes), images.input_shape[0]
-    net = models.resolve(model, num_classes=classes, in_channels=channels, weights=weights)
-    graph = trace(net, images.input_shape)
+    donor = open_donor(
+        model=model, data=data, method=method, config=config, weights=weights, root=root,
+        image_size=image_size, runtime=runtime, pricing=pricing,
+    )  # fmt: skip
     if shard.first:
-        _warn_of_chance(net, images, warn)
-    about = {
-        "model": models.located(model),
-        "num_classes": classes,
-        "in_channels": channels,
-        "data": datasets.located(data),
-        "root": None if root is None else os.path.abspath(root),
-        "image_size": image_size,
-        "runtime": runtime,
-        "pricing": dict(cost.settings),
-    }
+        _warn_of_chance(donor.net, donor.images, warn)
+    chosen, cost, images, net, graph = donor.method, donor.cost, donor.images, donor.net, donor.graph
+    about = donor.about
     if isinstance(chosen, Learner):
-        asked = ask(images, wanted, image_size, int(getattr(chosen, "seed", 0)))
-        learned = chosen.learn(
-            graph,
-            asked.data,
-            task=asked.task,
-            budget=limits,
-            cost=cost,
-            workdir=out / LEARNING,
-            progress=progress,
-            shard=shard,
-        )
-        if shard.first:
-            bundle = Bundle.create(out, about | {"task": asked.to_json()}, net, overwrite=overwrite)
-            keep(bundle, chosen, learned, asked, limits, model, graph)
-        shard.barrier()
-        return Bundle(out)
+        return learn(donor, wanted, limits, out, overwrite=overwrite, progress=progress, shard=shard)
     wanted.refuse(method)
     chooser = Chooser(chosen, cost, limits, lambda: (graph, images))
     unchanged: list[Cost | None] = []
@@ -139,6 +111,23 @@ def search(
         bundle.save_plan(plan)
     shard.barrier()
     return Bundle(out)
+
+
+def search_each(
+    *,
+    budget: str,
+    out: Path,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+    shard: Shard = SINGLE,
+    **donor: Any,
+) -> list[Bundle]:
+    """`search` for every class against the rest, a bundle each below `out`; see `learn_each`.
+
+    `donor`: what `open_donor` takes; network and images are read once.
+    """
+    limits = Budget.parse(budget)
+    return learn_each(open_donor(**donor), limits, out, overwrite=overwrite, progress=progress, shard=shard)
 
 
 def _warn_of_chance(net: nn.Module, images: Data, warn: Callable[[str], object]) -> None:

@@ -43,20 +43,25 @@ def model_sha256(model: nn.Module) -> str:
 def place(graph: Graph, choices: Mapping[str, Json], rewrite: Rewrite) -> Graph:
     """Put `rewrite(site, module, choice)` at every chosen site of a fresh copy of the graph.
 
+    What is put there may have sites of its own, whose choices are among `choices` too.
+
     Raises InputError for a site that the network does not have, BundleError for a choice of a wrong form.
     """
     module = trace(graph.module, graph.input_shape).module
     sites = {site.name: site for site in graph.sites}
-    for name, choice in choices.items():
-        if name not in sites:
-            raise InputError(
-                "the plan names a site that the network does not have", got=name, allowed=near(name, sites)
-            )
+    later = {name: choice for name, choice in choices.items() if name not in sites}
+    if later and len(later) == len(choices):
+        name = next(iter(later))
+        raise InputError(
+            "the plan names a site that the network does not have", got=name, allowed=near(name, sites)
+        )
+    for name in [name for name in choices if name in sites]:
         try:
-            new = rewrite(sites[name], module.get_submodule(name), choice)
+            new = rewrite(sites[name], module.get_submodule(name), choices[name])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
-                "a choice of the plan cannot be read", where=name, got=repr(choice)[:80]
+                "a choice of the plan cannot be read", where=name, got=repr(choices[name])[:80]
             ) from error
         module.set_submodule(name, new.eval())
-    return trace(module, graph.input_shape)
+    placed = trace(module, graph.input_shape)
+    return place(placed, later, rewrite) if later else placed

@@ -139,7 +139,9 @@ class Program:
             tensors = (directory / "program.safetensors").read_bytes() if weights else None
         except FileNotFoundError as error:
             raise BundleError(
-                "no program", where=str(error.filename or directory), fix="tightrope finetune"
+                "no program",
+                where=str(error.filename or directory),
+                fix="tightrope finetune, or for client and dealer tightrope export-public",
             ) from None
         except OSError as error:
             raise BundleError("the program is damaged", where=str(directory), got=str(error)) from error

@@ -57,7 +57,7 @@ class Reach:
 
     def _note(self, m: Any, args: tuple[Tensor]) -> None:
         if m.training and not m.dynamic:
-            over = (args[0].float().abs() / m.scale - 1).clamp_min(0)
+            over = (args[0].float().abs() / m.scale.clone() - 1).clamp_min(0)
             self.parts.append(over.square().flatten(1).sum(1).mean())
 
     def loss(self) -> Tensor | float:

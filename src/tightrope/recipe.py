@@ -27,7 +27,7 @@ class Recipe:
     are the result; 0 for none. Of polynomial activations: `coefficients` is their learning rate over that of
     the weights, without decay; `reach` the weight of keeping their inputs within the scales; `scales` says
     whether these stay, follow the largest input as a moving average, or are those of the batch until they are
-    frozen at the end. `clip`: the largest norm of a gradient, 0 for any. `limit`: training images per epoch.
+    frozen at the end; `clip` is the largest norm of a gradient, 0 for any. `limit`: training images an epoch.
     With several
     `devices` or `nodes`, every process runs the calling program (Fabric starts those of its own machine).
 
@@ -49,7 +49,7 @@ class Recipe:
     coefficients: float = 0.1
     reach: float = 1.0
     scales: Literal["static", "ema", "dynamic"] = "static"
-    clip: float = 0.0
+    clip: float = 1.0
     augment: bool = False
     limit: int | None = None
     seed: int = 0

@@ -89,7 +89,7 @@ class Training:
         self.loss += self._finite(float(loss.detach()))
         self.wrapped_optimizer.zero_grad()
         fabric.backward(loss)
-        if recipe.clip:
+        if recipe.clip and reach.activations(self.net):
             fabric.clip_gradients(self.wrapped, self.wrapped_optimizer, max_norm=recipe.clip)
         self.wrapped_optimizer.step()
         self.step += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,34 @@ def _learned_summary(view: View, bundle: Bundle, plan: Plan, record: Mapping[str
         "notes": list(plan.notes),
         **record,
     }
+
+
+def tasks(view: View, bundles: Sequence[Bundle]) -> dict[str, Any]:
+    """Show what was learned for each of several tasks of one network; the same as JSON."""
+    table = grid("Tasks", "bundle", "accuracy", "restricted donor", "weights", "multiplications")
+    found = []
+    for bundle in bundles:
+        plan, record = bundle.plan(), bundle.record()
+        spent, whole = plan.predicted, plan.baseline
+        donor = record["controls"].get("restricted")
+        table.add_row(
+            bundle.path.name,
+            percent(record["accuracy"]),
+            "" if donor is None else percent(donor),
+            f"{spent.weights / whole.weights:.1%}",
+            f"{spent.macs / whole.macs:.1%}",
+        )
+        found.append(
+            {
+                "bundle": str(bundle.path),
+                "accuracy": record["accuracy"],
+                "controls": record["controls"],
+                "predicted": spent.as_dict(),
+                "baseline": whole.as_dict(),
+            }
+        )
+    view.table(table)
+    return {"tasks": found}
 
 
 def accuracies(view: View, result: Mapping[str, float]) -> None:

@@ -84,6 +84,8 @@ def test_values_beyond_the_calibrated_range_are_counted_and_warned_of(
         (("--memory-gb", "0.5"), "needs more memory than allowed"),
         (("--memory-gb", "-1"), "memory_bytes is out of range"),
         (("--mode", "dream"), "unknown mode"),
+        (("--bootstrap", "sometimes"), "auto, always, never"),
+        (("--refresh-levels", "40"), "refresh_levels is out of range"),
         (("--ring", "32"), "--ring is an option of the mpc runtime"),
     ],
 )
@@ -105,8 +107,19 @@ def test_options_of_ckks_are_refused_elsewhere(
         refused(monkeypatch, capsys, "run", searched, *option, says=f"{option[0]} is an option of the ckks")
 
 
+def test_a_quadratic_without_a_square_is_refused_and_evaluated_with_a_level_more(
+    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.0]], gated=False)))
+    options = ("--mode", "simulate", "--json")
+    refused(monkeypatch, capsys, "run", searched, *RUN, *options, says="--no-squares")
+    assert call(monkeypatch, "run", searched, *RUN, *options, "--no-squares") == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["measurement"]["total"]["ckks_levels"] == 1 + 2 + 1 and body["max_abs_error"] < 1e-9
+
+
 def test_too_few_levels_in_an_insecure_ring_are_refused_with_both_values(
     polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), layers=4))
+    polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), layers=5))
     refused(monkeypatch, capsys, "run", searched, *RUN, "--log-n", "14", says="8 levels for N = 2^14")

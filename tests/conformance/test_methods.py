@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 
 from networks import Images, TinyResNet, plan_for, settle
-from tightrope.errors import BudgetError, InputError
+from tightrope.decisions import decisions
+from tightrope.errors import BudgetError, BundleError, InputError
 from tightrope.lower import lower
-from tightrope.methods import METHODS, method_type
+from tightrope.methods import METHODS, Curve, Tiles, method_type
 from tightrope.place import model_sha256
 from tightrope.rewrite import apply
 from tightrope.runtimes.plain import Plain
@@ -25,6 +26,11 @@ from tightrope.types import Budget, Plan, Problem
 # a configuration that measures in a second, and two budgets it can meet on the small network
 SMALL: dict[str, tuple[dict[str, Any], str, str]] = {
     "block_relu": ({"samples": 16, "batch_size": 8, "verify": 0}, "drelus<=30%", "drelus<=600"),
+    "paf": (
+        {"samples": 16, "batch_size": 8, "polynomials": "degree *;f1 g2"},
+        "ckks_levels<=17",
+        "ckks_levels<=80%",
+    ),
 }
 
 
@@ -91,6 +97,8 @@ def test_the_budget_is_met_and_the_prediction_is_what_runs(found):
     assert measured.total.drelus == 3 * plan.predicted.drelus
     assert measured.total.macs == 3 * plan.predicted.macs
     assert measured.total.weights == plan.predicted.weights
+    if problem.path:
+        assert measured.total.ckks_levels == plan.predicted.ckks_levels
 
 
 def test_the_lowered_network_equals_the_rewritten_one(found):
@@ -131,6 +139,8 @@ def test_the_saved_problem_solves_for_another_budget_without_the_network(found, 
     rewritten = apply(net, replace(plan, choices=choices))
     _, measured = Plain().open(lower(rewritten, plan.input_shape)).run(data.x[:1].numpy())
     assert measured.total.drelus == other.cost.drelus
+    if problem.path:
+        assert measured.total.ckks_levels == other.cost.ckks_levels
 
 
 def test_controls_are_plans_too(found):
@@ -143,6 +153,32 @@ def test_controls_are_plans_too(found):
         control = apply(net, replace(plan, choices=method.choices(problem, picked)))
         _, measured = Plain().open(lower(control, plan.input_shape)).run(data.x[:1].numpy())
         assert measured.total.drelus == cost.drelus, name
+        if problem.path:
+            assert measured.total.ckks_levels == cost.ckks_levels, name
+
+
+def test_an_option_has_a_label_and_a_picture(found):
+    method, *_, problem, plan = found
+    for table in problem.tables:
+        labels = method.options(plan.choices[table.site])
+        assert len(labels) == len(table.loss)
+        assert set(labels) <= set(table.labels)
+        for label in table.labels:
+            assert isinstance(method.picture(problem, table.site, label), Tiles | Curve)
+    assert method.noun
+
+
+def test_decisions_are_those_of_the_plan(found):
+    *_, problem, plan = found
+    made = decisions(plan, problem)
+    assert [d.name for d in made] == [t.site for t in problem.tables]
+    site = problem.tables[0].site
+    other = replace(plan, choices={**plan.choices, site: {"replace": "nothing"}})
+    cheaper = replace(plan, predicted=replace(plan.predicted, drelus=plan.predicted.drelus + 1))
+    without = replace(plan, choices={k: v for k, v in plan.choices.items() if k != site})
+    for changed in (other, cheaper, without):
+        with pytest.raises(BundleError, match="do not belong together"):
+            decisions(changed, problem)
 
 
 def test_measuring_twice_gives_the_same(found):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from commands import call, refused
 from tightrope import models
@@ -16,14 +20,19 @@ from tightrope.graph import trace
 from tightrope.methods import configure
 from tightrope.methods.reengineer import ReengineerMethod
 from tightrope.methods.reengineer.heads import attach
+from tightrope.methods.reengineer.projection import fits, project
+from tightrope.methods.reengineer.projection import found as spent
+from tightrope.nn.group_max import GroupMax
 from tightrope.nn.masked import Masked, binarise
 from tightrope.place import model_sha256
+from tightrope.runtimes.onnx import Onnx
 from tightrope.runtimes.plain import Plain
 from tightrope.types import Budget
 
 DATA = load("embedded")
 GRAPH = trace(models.resolve("demo"), DATA.input_shape)
 TASK = parse_task(DATA.classes, chosen="3")
+PLAIN = Plain()
 QUICK = ("--set", "epochs=1", "--set", "controls=false")
 
 
@@ -32,10 +41,9 @@ def masked(granularity: str = "weight") -> Masked:
     return method._masked(attach(GRAPH, "linear", 2, TASK.groups, 0), GRAPH.input_shape)
 
 
-def learn(budget: str, **config):
+def learn(budget: str, *, task=TASK, cost=PLAIN, **config):
     method = ReengineerMethod(**{"epochs": 1, "controls": False} | config)
-    task = config.pop("task", TASK)
-    return method.learn(GRAPH, view(DATA, task), task=task, budget=Budget.parse(budget), cost=Plain())
+    return method.learn(GRAPH, view(DATA, task), task=task, budget=Budget.parse(budget), cost=cost)
 
 
 def test_a_score_of_0_is_off_and_gradients_are_clipped_straight_through():
@@ -169,3 +177,110 @@ def test_the_whole_way_and_what_it_refuses(tmp_path, monkeypatch, capsys):
         whole.replace(json.loads((out / "plan.json").read_text())["base_sha256"].encode(), b"0" * 64)
     )
     refused(monkeypatch, capsys, "apply", out, says="another network")
+
+
+@pytest.mark.slow
+def test_the_masks_meet_the_budget_and_are_trained_after_the_last_cut():
+    """The whole network, and a tenth of it: at that share cuts without training had left 44 %."""
+    learned = learn("weights<=0.1x", epochs=10)
+    assert learned.predicted.weights <= 0.1 * learned.baseline.weights
+    assert learned.accuracy >= learned.controls["restricted"] - 0.03
+    assert all(point["weights"] > 0 for point in learned.front)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "metric", "least"), [("weight", "weights", 0.999), ("hybrid", "macs", 0.93)]
+)
+def test_limits_are_met_by_the_smallest_multiplier(granularity, metric, least):
+    """Nearly the whole budget is used: a channel is some per cent of it, a weight next to nothing."""
+    found = masked(granularity)
+    with torch.no_grad():
+        for score in found.scores.values():
+            score.uniform_(0, 1, generator=torch.Generator().manual_seed(1))
+    limits = {metric: 0.4 * spent(found, found.snapshot())[metric]}
+    project(found, limits)
+    before = found.snapshot()
+    assert fits(found, before, limits) and spent(found, before)[metric] >= least * limits[metric]
+    project(found, limits)
+    assert all(torch.equal(before[name], bits) for name, bits in found.snapshot().items())
+
+
+def test_a_floor_that_is_missed_is_an_error_that_says_what_was_found():
+    with pytest.raises(BudgetError, match=r"no network within(.|\n)*the donor's(.|\n)*found:"):
+        learn("weights<=0.01x", floor=0.0)
+    assert learn("weights<=0.9x", floor=0.5).accuracy > 0.4
+
+
+@pytest.mark.slow
+def test_distillation_pulls_the_outputs_towards_the_donors():
+    """KL of the restricted donor from the result, on validation images."""
+
+    def distance(**config):
+        learned = learn("weights<=0.2x", epochs=2, task=parse_task(DATA.classes, chosen="0,2,4,6"), **config)
+        net = ReengineerMethod().rebuild(GRAPH, learned.choices, learned.tensors)
+        teacher = nn.Sequential(GRAPH.module, GroupMax(((0,), (2,), (4,), (6,))))
+        x, _ = next(DATA.batches("validation", 200))
+        with torch.no_grad():
+            soft, got = teacher(x).log_softmax(1), net(x).log_softmax(1)
+        return float(nn.functional.kl_div(got, soft, log_target=True, reduction="batchmean"))
+
+    assert distance(distill=20.0) < 0.8 * distance()
+
+
+def test_time_is_limited_only_where_it_is_measured():
+    with pytest.raises(BudgetError, match=r"no times(.|\n)*--runtime onnx"):
+        learn("latency_ms<=0.5x", granularity="channel")
+    with pytest.raises(BudgetError, match="neither multiplications nor time"):
+        learn("latency_ms<=0.5x", cost=Onnx())
+    learned = learn("latency_ms<=0.7x", granularity="channel", cost=Onnx(), epochs=4)
+    assert 0 < learned.predicted.online_ms < learned.baseline.online_ms
+    assert learned.predicted.macs < 0.9 * learned.baseline.macs
+
+
+@pytest.mark.slow
+def test_a_reengineered_network_runs_under_mpc_unchanged(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "b"
+    base = ("search", "--method", "reengineer", "--classes", "3", "--budget", "macs<=0.4x", "--out", out)
+    assert call(monkeypatch, *base, *QUICK, "--set", "granularity=hybrid") == 0
+    assert call(monkeypatch, "apply", out) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "run", out, "--count", "8", "--json") == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["measurement"]["runtime"] == "mpc" and body["predictions"] == body["plain"]
+    assert body["max_abs_error"] < 1e-2
+    assert body["measurement"]["total"]["macs"] < 0.4 * 8 * 9_345_920
+
+
+@pytest.mark.slow
+def test_every_class_in_one_command_and_again_only_what_is_missing(tmp_path, monkeypatch, capsys):
+    small = tmp_path / "images"  # three classes of pictures, so that there are three tasks
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 6), ("test", 6)):
+        for k, name in enumerate(("Dark", "grey/dim", "light")):
+            folder = small / split / name.replace("/", "_")
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = (generator.random((16, 16, 3)) * 60 + 90 * k).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch\nfrom tightrope.models.resnet import ResNet\n"
+        "def net():\n    torch.manual_seed(0)\n    return ResNet(4, ((8, 1, 2),), 3, 3)\n"
+    )
+    out = tmp_path / "all"
+    base = (
+        "search", "--method", "reengineer", "--model", f"{file}:net", "--data", small, "--image-size", "16",
+        "--classes", "each", "--budget", "weights<=0.6x", *QUICK, "--out", out, "--json",
+    )  # fmt: skip
+    assert call(monkeypatch, *base) == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert [task["bundle"].rpartition("/")[2] for task in tasks] == ["0-dark", "1-grey-dim", "2-light"]
+    assert all(t["predicted"]["weights"] <= 0.6 * t["baseline"]["weights"] for t in tasks)
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/plan.json")}
+    shutil.rmtree(out / "1-grey-dim")
+    assert call(monkeypatch, *base) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == tasks  # the same task gives the same network
+    after = {p: p.stat().st_mtime_ns for p in out.glob("*/plan.json")}
+    assert [p.parent.name for p in before if before[p] != after[p]] == ["1-grey-dim"]
+    other = ("search", "--budget", "drelus<=12%", "--classes", "each", "--out", tmp_path / "x")
+    refused(monkeypatch, capsys, *other, says="--method reengineer")

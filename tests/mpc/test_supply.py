@@ -150,6 +150,12 @@ def test_a_lot_that_only_one_has_is_not_used_and_forgotten(stocked: Deployment) 
     assert not [p for p in (stocked.home / "stock-client").iterdir() if p.is_dir()]
 
 
+def test_a_server_that_gave_up_its_stock_is_served_by_the_dealer(stocked: Deployment) -> None:
+    stocked.write("server", stock=None)  # type: ignore[arg-type]
+    with stocked.service("server"), stocked.service("dealer"):
+        check(stocked, 1)
+
+
 def test_other_weights_never_meet_a_mask_that_has_met_weights(stocked: Deployment) -> None:
     """F = W - B and F' = W' - B would give the client W - W'."""
     other = Program(

@@ -239,6 +239,12 @@ def parse_settings(words: Sequence[str]) -> dict[str, Json]:
 def configure(name: str, given: Mapping[str, Json]) -> Any:
     """The method `name` with these settings. Raises InputError for an unknown one, or a value of its kind."""
     cls = method_type(name)
+    check_settings(name, cls, given)
+    return cls(**given)
+
+
+def check_settings(name: str, cls: Any, given: Mapping[str, Json]) -> None:
+    """Raise InputError for a setting that the dataclass does not have, or of another kind."""
     known = {f.name: f.default for f in fields(cls)}
     for key, value in given.items():
         if key not in known:
@@ -251,7 +257,6 @@ def configure(name: str, given: Mapping[str, Json]) -> Any:
             raise InputError(
                 f"{key} of {name} is of another kind", got=repr(value), allowed=f"as {default!r}"
             )
-    return cls(**given)
 
 
 def method_type(name: str) -> Any:

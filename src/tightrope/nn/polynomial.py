@@ -97,6 +97,7 @@ class PolynomialActivation(nn.Module):
                 scale = largest
             else:
                 self.scale.lerp_(largest.to(self.scale.dtype), self.momentum)
+                scale = self.scale.clone()  # the next batch changes it before gradients are asked for
         y = composite(list(self.stages), x / scale)[-1]
         return x * y if self.gated else y
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 
 from tightrope.methods import method_type
-from tightrope.report.facts import Facts
+from tightrope.report.facts import CLEAR, Facts
 from tightrope.types import Json
 
 SEARCH_FLAGS = ("sites", "samples", "verify", "max_pool", "relu6", "seed")
@@ -17,11 +18,13 @@ FINETUNE_FLAGS = ("epochs", "lr", "batch_size", "seed")
 def missing(facts: Facts) -> dict[str, str]:
     """Verb -> the command that makes that part of this bundle."""
     path = str(facts.bundle.path)
+    priced = str(facts.about.get("runtime", CLEAR))
+    private = "mpc" if priced == CLEAR else priced
     frozen = [] if facts.program is not None else [_join("finetune", path)]
     return {
         "search": _line("search", facts, _again(facts), "--verify", "100"),
         "finetune": _join("finetune", path, "--test"),
-        "run": " && ".join([*frozen, _join("run", path, "--runtime", "mpc", "--count", "16")]),
+        "run": " && ".join([*frozen, _join("run", path, "--runtime", private, "--count", "16")]),
         "curve": _join("curve", path),
     }
 
@@ -36,10 +39,10 @@ def reproduce(facts: Facts) -> str:
     default = asdict(method_type(plan.method)())
     changed = {k: v for k, v in config.items() if v != default.get(k)}
     chosen = _flags({k: v for k, v in changed.items() if k in SEARCH_FLAGS})
+    for name, value in changed.items():
+        if name not in SEARCH_FLAGS:
+            chosen += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     lines = [_line("search", facts, path, *chosen)]
-    if unflagged := {k: v for k, v in changed.items() if k not in SEARCH_FLAGS}:
-        settings = ", ".join(f"{k}={v!r}" for k, v in unflagged.items())
-        lines.insert(0, f"# settings that only Python has: {settings}")
     if "validation" in facts.accuracy:
         recipe = facts.accuracy.get("recipe", {})
         flags = _flags({k: recipe[k] for k in FINETUNE_FLAGS if k in recipe})

@@ -18,9 +18,9 @@ from tightrope.types import Json
 
 OURS = "tightrope"
 CONTROLS: dict[str, tuple[str, str, str]] = {  # key in curve.json: legend, style, mark
-    "uniform": ("control: one patch for all", "s2", "square"),
-    "random": ("control: random patches", "s3", "diamond"),
-    "per_layer": ("control: one patch per layer", "s5", "dot"),
+    "uniform": ("control: one {noun} for all", "s2", "square"),
+    "random": ("control: a random choice", "s3", "diamond"),
+    "per_layer": ("control: one {noun} per layer", "s5", "dot"),
     "layers": ("control: whole activations removed", "s4", "triangle"),
 }
 OTHER_CONTROL = ("s5", "dot")
@@ -100,7 +100,7 @@ def accuracy_chart(facts: Facts) -> Markup | None:
     names = [n for n in CONTROLS if n in controls] + sorted(controls.keys() - CONTROLS.keys())
     for name in names:
         legend, style, mark = CONTROLS.get(name, (f"control: {name}", *OTHER_CONTROL))
-        series.append(Series(legend, style, controls[name], mark))
+        series.append(Series(legend.replace("{noun}", facts.method.noun), style, controls[name], mark))
     series.append(Series("tightrope, before fine-tuning", "s1", ours))
     tuned, at = facts.accuracy.get("validation"), facts.share(facts.plan.predicted.as_dict())
     if tuned is not None and at:

@@ -51,6 +51,7 @@ def render(facts: Facts) -> str:
         fold=len(facts.sites) > FOLD_BEYOND,
         curve=_curve(facts),
         distortion=_distortion(facts),
+        checkable="verify" in facts.plan.config,
         run_name=words.run_name(facts),
         spent=_spent(facts, comparison),
         facts=words.provenance(facts),

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from methods.seesaw.small import SHAPE
+from methods.seesaw.small import DATA, SHAPE
 from networks import settle
 from tightrope.lower import lower
-from tightrope.methods.seesaw.decide import Judge, Wanted, importances, project, prune
+from tightrope.methods.seesaw import SeesawMethod
+from tightrope.methods.seesaw.decide import Judge, Wanted, expendable, importances, project, prune
 from tightrope.methods.seesaw.decide import settle as set_options
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.objectives import Dual, Reference, learned
@@ -21,6 +22,7 @@ from tightrope.methods.seesaw.supernet import Choice, Mixture, Supernet
 from tightrope.program import base_cost
 from tightrope.runtimes.mpc import MPC
 from tightrope.runtimes.plain import Plain
+from tightrope.shard import Shard
 from tightrope.types import total
 
 SPACE = replace(
@@ -149,6 +151,13 @@ def test_the_published_rates():
     assert 0.529 * per_relu * 36_864 / rates.per_mac_ms == pytest.approx(1.26e9, rel=0.01)
 
 
+def test_a_runtime_without_times_is_balanced_by_the_published_rates():
+    network = SPACE.network(["conv_3"], relu=True, pool="avg")
+    clear = Prices(SPACE, Plain(), Plain())
+    assert clear.balance(network, 500) == Prices(SPACE, Plain(), PublishedRates()).balance(network, 500) > 0
+    assert clear.balance(network, 500) != PRICES.balance(network, 500)
+
+
 @pytest.mark.parametrize("limit", [0, 63, 64, 200, 511, 512, 513, 1000, 2000])
 def test_a_limit_holds_whatever_the_gates_say(limit):
     net = a_net(favoured=5.0)
@@ -176,7 +185,11 @@ def test_the_last_operator_is_never_offered():
     mixture = net.mixtures[0]
     mixture.alive = [0, 3]
     set_options(net)
-    assert len(importances(mixture, Judge(net, batches()))) == 1
+    felt = importances(mixture, Judge(net, batches()))
+    assert felt.keys() == {0, 3}
+    assert expendable(mixture, felt, {0: 2.0, 3: 1.0}).keys() == {3}
+    mixture.drop(3)
+    assert importances(mixture, Judge(net, batches())) == {}
 
 
 def test_a_judge_leaves_statistics_and_modes_alone():
@@ -216,3 +229,17 @@ def test_smoothing_spreads_over_the_wrong_classes():
     target = torch.full((4, 5), 0.1 / 4).scatter_(1, y[:, None], 0.9)
     wanted = -(target * outputs.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(learned(outputs, y, None, 0.0, 0.1), wanted)
+
+
+def test_gradients_are_averaged_over_processes():
+    net = a_net()
+    other = torch.arange(3.0)
+    shard = Shard(world=2, total=lambda x: x + other)
+    search = SeesawMethod(space="1,1", width=4)._search(
+        net, DATA, PRICES, Wanted("drelus", 500, 1e9, 1), None, Judge(net, batches()), lambda *_: None, shard
+    )
+    one, two = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
+    one.grad, two.grad = torch.tensor([4.0, 5.0]), torch.tensor([6.0])
+    search._average([one, two])
+    assert (one.grad.tolist(), two.grad.tolist()) == ([2.0, 3.0], [4.0])
+    assert search.per_epoch == 4  # of 64 images, 32 for each process

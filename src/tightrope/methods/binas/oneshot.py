@@ -34,7 +34,7 @@ RANKING_BATCH = 64
 DIVISOR = 50  # of the summed squares of the maps (`ikd_dividor`)
 HEAVIEST = Recipe(epochs=2, batch_size=128, lr=0.1, label=1.0, smoothing=0.1, distill=0.0, hints=0.0)
 ELASTIC = Recipe(
-    epochs=8,
+    epochs=12,
     batch_size=128,
     lr=0.05,
     label=1.0,
@@ -119,7 +119,7 @@ def train(
 
 def heaviest_network(space: Space, seed: int = 0) -> MobileNet:
     """The network of `space.largest()` with random weights, in evaluation mode."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return mobilenet(space.architecture(space.largest()), space.classes, space.input_shape[0]).eval()
 

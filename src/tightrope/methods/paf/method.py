@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from tightrope.methods.paf.controls import controls
 from tightrope.methods.paf.options import TARGETS, Fitted, fit, matching, offered, structure
 from tightrope.methods.paf.sites import distortions, histograms
 from tightrope.nn.polynomial import PolynomialActivation, composite
+from tightrope.nn.tournament import MaxTournament
 from tightrope.place import Rewrite, place
 from tightrope.program import Op, Polynomial, Program
 from tightrope.shard import Shard
@@ -39,7 +40,8 @@ class PafMethod:
 
     `sites`: shell patterns of the activations to decide; the others stay as they are. `polynomials`: shell
     patterns of the library's names, separated by semicolons. `samples`: training images behind histograms and
-    losses. `margin`: the scale of a site over the largest input seen there.
+    losses. `margin`: the scale of a site over the largest input seen there. `max_pool`: "tournament" makes
+    max-pools of ReLUs, each of which is a site then; "avg" makes average pools of them.
     """
 
     sites: str = "*"
@@ -47,6 +49,7 @@ class PafMethod:
     samples: int = 256
     batch_size: int = 64
     margin: float = 1.0
+    max_pool: Literal["tournament", "avg", "keep"] = "tournament"
     seed: int = 0
 
     name: ClassVar[str] = "paf"
@@ -61,7 +64,30 @@ class PafMethod:
             raise InputError("seed must not be negative", got=self.seed)
         if not 0.1 <= self.margin <= 10:
             raise InputError("the margin is out of range", got=self.margin, allowed="0.1 to 10")
+        if self.max_pool not in ("tournament", "avg", "keep"):
+            raise InputError(
+                "unknown choice for max_pool", got=self.max_pool, allowed=("tournament", "avg", "keep")
+            )
         matching(self.polynomials)
+
+    def preparation(self, graph: Graph) -> dict[str, Json]:
+        """What becomes of max-pools before any polynomial is chosen. Raises InputError for one whose padding
+        a tournament would take for a value."""
+        pools = [site for site in graph.sites if site.kind == "max_pool" and self.max_pool != "keep"]
+        replaced = {"tournament": "tournament", "avg": "avg_pool", "keep": ""}[self.max_pool]
+        for site in pools if replaced == "tournament" else ():
+            module = graph.module.get_submodule(site.name)
+            before = graph.node(site).args[0]
+            ends = any(_pair(module.padding)) or module.ceil_mode
+            if ends and str(getattr(before, "target", "")) not in {
+                s.name for s in graph.sites if s.kind in ("relu", "relu6")
+            }:
+                raise InputError(
+                    "a tournament of a padded max-pool needs inputs that are not negative",
+                    where=site.name,
+                    fix="--max-pool avg",
+                )
+        return {site.name: {"replace": replaced} for site in pools}
 
     def measure(
         self,
@@ -81,6 +107,8 @@ class PafMethod:
         cannot be priced, InputError for sites and polynomials that do not exist.
         """
         names = matching(self.polynomials)
+        prepared = self.preparation(graph)
+        graph = place(graph, prepared, self.rewrite)
         sites = graph.match(self.sites, tuple(TARGETS))
         labels = {s.name: offered(s.kind, names) for s in sites}
         for site in sites:
@@ -91,7 +119,7 @@ class PafMethod:
                     got=f"{site.kind}, {self.polynomials}",
                     fix="--set polynomials='degree *'",
                 )
-        unmeasured = _priced(graph, sites, labels, cost, self.rewrite)
+        unmeasured = replace(_priced(graph, sites, labels, cost, self.rewrite), meta={"prepared": prepared})
         feasible(unmeasured)
         seen = histograms(graph, sites, self._images(data, SINGLE))
         progress("histograms", 1, 1)
@@ -115,7 +143,7 @@ class PafMethod:
         meta = {
             "method": self.name,
             "config": asdict(self),
-            "prepared": {},
+            "prepared": prepared,
             "sites": {s.name: list(s.shape) for s in sites},
             "kinds": {s.name: s.kind for s in sites},
             "fits": {s: {name: f.to_json() for name, f in found.items()} for s, found in fits.items()},
@@ -137,7 +165,7 @@ class PafMethod:
 
     def choices(self, problem: Problem, picked: Picked) -> dict[str, Json]:
         """{site: {"polynomial": name, "stages": coefficients, "gated": ..., "scale": ...}}."""
-        chosen = {}
+        chosen: dict[str, Json] = dict(problem.meta["prepared"])
         for table in problem.tables:
             name = table.labels[int(picked[table.site][0])]
             found = problem.meta["fits"][table.site][name]
@@ -156,10 +184,13 @@ class PafMethod:
         return Curve(*(tuple(map(float, values)) for values in (x, value, exact)))
 
     def notes(self, problem: Problem, picked: Picked) -> tuple[str, ...]:
-        """Where inputs beyond the scale were seen."""
+        """What became of max-pools, and where inputs beyond the scale were seen."""
         found = []
-        for site, choice in self.choices(problem, picked).items():
-            beyond = problem.meta["fits"][site][choice["polynomial"]]["beyond"]
+        for site, how in problem.meta["prepared"].items():
+            found.append(f"{site}: replaced by {how['replace'].replace('_', ' ')}")
+        for table in problem.tables:
+            site, label = table.site, table.labels[int(picked[table.site][0])]
+            beyond = problem.meta["fits"][site][label]["beyond"]
             if beyond > SHOWN_BEYOND:
                 found.append(f"{site}: {beyond:.2%} of the measured inputs lie beyond the scale")
         return tuple(found)
@@ -169,9 +200,25 @@ class PafMethod:
         return controls(problem, budget, self.seed)
 
     def rewrite(self, site: Site, module: nn.Module, choice: Json) -> nn.Module:
+        if choice.get("replace") == "tournament" and isinstance(module, nn.MaxPool2d):
+            return _tournament(site, module)
+        if choice.get("replace") == "avg_pool" and isinstance(module, nn.MaxPool2d):
+            return nn.AvgPool2d(module.kernel_size, module.stride, module.padding, ceil_mode=module.ceil_mode)
         if "polynomial" not in choice:
             raise InputError("paf does not know this choice", where=site.name, got=choice)
         return PolynomialActivation(choice["stages"], gated=choice["gated"], scale=float(choice["scale"]))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _tournament(site: Site, module: nn.MaxPool2d) -> MaxTournament:
+    if _pair(module.dilation) != (1, 1):
+        raise InputError("a dilated max-pool has no tournament", where=site.name, got=module.dilation)
+    (_, h, w), (_, H, W) = site.input_shape, site.shape
+    kernel, padding = _pair(module.kernel_size), _pair(module.padding)
+    return MaxTournament(kernel, _pair(module.stride or kernel), padding, (h, w), (H, W))
 
 
 def _priced(
@@ -210,7 +257,7 @@ def _priced(
     except TraceError:
         fixed = total(spent.values()) + total(costs[-1] for costs in prices.values()).scaled(-1)
         baseline = fixed + total(costs[0] for costs in prices.values())
-    problem = Problem(tuple(tables), replace(fixed, ckks_levels=0), baseline, {"prepared": {}}, steps)
+    problem = Problem(tuple(tables), replace(fixed, ckks_levels=0), baseline, {}, steps)
     deepest = levels(problem, dict.fromkeys(ops, 0))
     return replace(problem, baseline=replace(baseline, ckks_levels=deepest))
 

@@ -162,7 +162,8 @@ def _gated(
             )
             return outer[:, None] * _gradient(stages, both)
 
-        vector = least_squares(residuals, vector, jacobian, method="lm", max_nfev=400).x
+        with np.errstate(over="ignore", invalid="ignore"):  # a step too far is taken back
+            vector = least_squares(residuals, vector, jacobian, method="lm", max_nfev=400).x
         paf = replace(start, stages=_split(vector, start))
         error = x * (1 + paf(u)) / 2 - target(x)
         fit = Fit(paf, scale, _rms(error, weight), _tail(paf))

@@ -41,17 +41,16 @@ def attach(graph: Graph, kind: HeadKind, labels: int, groups: Groups, seed: int)
     generator = torch.Generator().manual_seed(seed)
     if kind == "relu_linear":
         return _after(module, output, graph, labels, generator)
-    last = _layer(module, output)
-    while isinstance(last, nn.Identity | nn.Dropout):
-        output = output.args[0]
-        last = _layer(module, output)
-    if not isinstance(last, nn.Linear):
+    name = last_linear(module)
+    if name is None:
         raise InputError(
             f"the head {kind!r} replaces a linear layer, and the network ends in something else",
             where=output.name,
-            got=type(last).__name__ if last is not None else output.op,
+            got=type(_layer(module, output)).__name__ if output.op == "call_module" else output.op,
             fix="--set head=relu_linear",
         )
+    last = module.get_submodule(name)
+    assert isinstance(last, nn.Linear)
     if kind == "slice" and not (groups and all(len(group) == 1 for group in groups)):
         raise InputError(
             "a slice of the donor's outputs needs labels that are one class of the donor each",
@@ -65,8 +64,16 @@ def attach(graph: Graph, kind: HeadKind, labels: int, groups: Groups, seed: int)
             new.bias.copy_(torch.stack([bias[list(group)].mean() for group in groups]))
         else:
             _random(new, generator)
-    module.set_submodule(str(output.target), new)
-    return Headed(module, str(output.target), kind != "slice")
+    module.set_submodule(name, new)
+    return Headed(module, name, kind != "slice")
+
+
+def last_linear(module: fx.GraphModule) -> str | None:
+    """The linear layer that a traced network ends in, if it does."""
+    node = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    while isinstance(_layer(module, node), nn.Identity | nn.Dropout):
+        node = node.args[0]
+    return str(node.target) if isinstance(_layer(module, node), nn.Linear) else None
 
 
 def _layer(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -108,7 +108,7 @@ class ReengineerMethod:
                 got=f"mode={self.mode}, distill={self.distill:g}, floor={self.floor}",
                 fix="mode=dual without distill and floor",
             )
-        start = self._start(graph, len(data.classes), groups, data, progress)
+        start = self.searches(graph, len(data.classes), groups, data, progress)
         search = start()
         masked, head = search.masked, search.head
         baseline = self._baseline(graph, budget, cost)
@@ -185,9 +185,15 @@ class ReengineerMethod:
             raise BundleError("the masks' head does not fit the network", got=tuple(head["weight"].shape))
         return _plain(headed, masked, bits, head, graph.input_shape)
 
-    def _start(
-        self, graph: Graph, labels: int, groups: tuple[tuple[int, ...], ...], data: Data, progress: Progress
+    def searches(
+        self,
+        graph: Graph,
+        labels: int,
+        groups: tuple[tuple[int, ...], ...],
+        data: Data,
+        progress: Progress = lambda *_: None,
     ) -> Callable[[], Search]:
+        """Makes searches with these settings, each at its start; `groups` as in `heads.attach`."""
         settings = Settings(
             epochs=self.epochs, batch_size=self.batch_size, lr_mask=self.lr_mask, lr_head=self.lr_head,
             distill=self.distill, augment=self.augment, seed=self.seed,

@@ -16,7 +16,7 @@ from tightrope.methods import Progress
 from tightrope.methods.reengineer.heads import Headed
 from tightrope.methods.reengineer.projection import fits, found, project
 from tightrope.methods.reengineer.selection import Best, Fewest
-from tightrope.nn.masked import Bits, Masked
+from tightrope.nn.masked import CHANNELS, Bits, Masked
 
 CYCLE = 5  # epochs; the first of each cycle trains the head alone (SeaM)
 STRIDE = 1_000_003  # between seeds: neighbouring ones share no epoch's order
@@ -81,12 +81,8 @@ class Search:
     def reference(self, alpha: float, floor: float, patience: int | None) -> State:
         """SeaM: cross-entropy plus `alpha` times the share kept; the fewest weights at `floor` accuracy."""
         rule: Fewest[State] = Fewest(floor, patience)
-
-        def penalty(bits: Bits) -> Tensor:
-            return alpha * self.masked.kept(bits)[0] / self.masked.total
-
         for epoch in range(self.settings.epochs):
-            self._epoch(epoch, penalty)
+            self._epoch(epoch, self.share(alpha))
             state = self._judge(epoch)
             if not rule.offer(state.accuracy, state.weights / self.masked.total, lambda s=state: s):  # type: ignore[misc]
                 break
@@ -108,7 +104,7 @@ class Search:
         whole = found(self.masked, self.masked.snapshot())
         per_epoch = math.ceil(self.data.size("train") / self.settings.batch_size)
         steps = per_epoch * self.settings.epochs
-        optimizers = [o for o in self._optimizers() if o is not None]
+        optimizers = [o for o in self.adam() if o is not None]
         rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         rule: Best[State] = Best()
         done = 0
@@ -126,7 +122,7 @@ class Search:
                 project(self.masked, {m: whole[m] * (v / whole[m]) ** tightened for m, v in now.items()})
 
         for epoch in range(self.settings.epochs):
-            self._run(epoch, optimizers, None, None, after)
+            self.run(epoch, optimizers, None, None, after)
             state = self._judge(epoch)
             feasible = fits(self.masked, state.bits, limits)
             if clock is not None:
@@ -145,12 +141,24 @@ class Search:
         for x, y in few:
             loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
             torch.autograd.backward(loss)
-        with torch.no_grad():
-            for name, one in ones.items():
-                felt = torch.zeros_like(one) if one.grad is None else one.grad.abs()
-                order = felt.flatten().argsort(stable=True).argsort()
-                self.masked.scores[name].copy_(((order + 1) / len(order)).view_as(one))
+        felt = {n: torch.zeros_like(o) if o.grad is None else o.grad.abs() for n, o in ones.items()}
+        for names in ({CHANNELS} & felt.keys(), felt.keys() - {CHANNELS}):  # of one kind: in one order
+            ordered = sorted(names)
+            if not ordered:
+                continue
+            flat = torch.cat([felt[name].flatten() for name in ordered])
+            rank = (flat.argsort(stable=True).argsort() + 1) / len(flat)
+            with torch.no_grad():
+                start = 0
+                for name in ordered:
+                    score = self.masked.scores[name]
+                    score.copy_(rank[start : start + score.numel()].view(score.shape))
+                    start += score.numel()
         self.head.zero_grad()
+
+    def share(self, alpha: float) -> Callable[[Bits], Tensor]:
+        """SeaM's penalty: `alpha` times the share of the weights that is kept."""
+        return lambda bits: alpha * self.masked.kept(bits)[0] / self.masked.total
 
     def fit_head(self, bits: Bits, epochs: int, start: int = 0) -> None:
         """Train the head alone on fixed masks; a head that does not learn stays."""
@@ -158,7 +166,7 @@ class Search:
             return
         optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.lr_head)
         for epoch in range(start, start + epochs):
-            self._run(epoch, [optimizer], bits, None)
+            self.run(epoch, [optimizer], bits, None)
 
     def accuracy(self, bits: Bits, split: str = "validation") -> float:
         """Share of a split's images that the masked network labels right."""
@@ -173,20 +181,21 @@ class Search:
     def _epoch(self, epoch: int, penalty: Callable[[Bits], Tensor]) -> None:
         """Adam for the head; in four epochs of five, or without a head to train, another for the masks."""
         if epoch == 0:
-            self.optimizers = self._optimizers()
+            self.optimizers = self.adam()
         head, masks = self.optimizers
         joint = epoch % CYCLE > 0 or not self.headed.trained
         optimizers = ([head] if head is not None else []) + ([masks] if joint else [])
-        self._run(epoch, optimizers, None if joint else self.masked.snapshot(), penalty)
+        self.run(epoch, optimizers, None if joint else self.masked.snapshot(), penalty)
 
-    def _optimizers(self) -> tuple[torch.optim.Optimizer | None, torch.optim.Optimizer]:
+    def adam(self) -> tuple[torch.optim.Optimizer | None, torch.optim.Optimizer]:
+        """Optimisers of the head, if it learns, and of the scores."""
         settings = self.settings
         head = None
         if self.headed.trained:
             head = torch.optim.Adam(self.head.parameters(), lr=settings.lr_head)
         return head, torch.optim.Adam(list(self.masked.scores.values()), lr=settings.lr_mask)
 
-    def _run(
+    def run(
         self,
         epoch: int,
         optimizers: list[torch.optim.Optimizer],

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,9 +16,9 @@ from tightrope.methods.seesaw.prices import Prices, burden
 from tightrope.methods.seesaw.supernet import Mixture, Supernet
 from tightrope.solve.exact import Picked, fit
 from tightrope.solve.select import Selection, select
-from tightrope.types import Budget, Cost, FloatArray, Limit, Problem, Table, total
+from tightrope.types import Budget, Cost, FloatArray, Limit, Problem, Table
 
-ROOM = 0.7  # of a limit may go to what no ReLU decides
+ROOM = 0.7  # of what a limit leaves beyond the cheapest network may go to operators
 LEAST = 1e-12
 
 
@@ -69,7 +68,7 @@ def settle(net: Supernet, options: Sequence[int] | None = None) -> None:
 
 
 def importances(mixture: Mixture, judge: Callable[[], float]) -> dict[int, float]:
-    """By how much the loss grows without each operator, the others renormalised; one is not offered."""
+    """By how much the loss grows without each operator, the others renormalised; of some, if few are left."""
     felt = {}
     base = judge()
     for k in mixture.alive:
@@ -78,10 +77,14 @@ def importances(mixture: Mixture, judge: Callable[[], float]) -> dict[int, float
             mixture.picked = rest
             felt[k] = judge() - base
     mixture.picked = mixture.alive
-    real = [k for k in felt if mixture.names[k] != "none"]
-    if len(real) == sum(mixture.names[k] != "none" for k in mixture.alive):
-        felt.pop(max(real, key=lambda k: felt[k]), None)
     return felt
+
+
+def expendable(mixture: Mixture, felt: dict[int, float], worth: Mapping[int, float]) -> dict[int, float]:
+    """`felt` without the real operator of the greatest `worth`, so that one is always left."""
+    real = [k for k in mixture.alive if mixture.names[k] != "none"]
+    last = max(real, key=lambda k: worth.get(k, 0.0))
+    return {k: loss for k, loss in felt.items() if k != last}
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,21 @@ def prune(net: Supernet, prices: Prices, wanted: Wanted, judge: Callable[[], flo
     felt: dict[int, dict[int, float]] = {}
     while not _fits(net, prices, wanted, drelus):
         settle(net)
+        dear = _macs(net, prices) > wanted.macs  # then the cheapest operator is the one to be left
         best: tuple[float, int, int] | None = None
         for b, (stage, mixture) in enumerate(zip(stages, net.mixtures, strict=True)):
             if b not in felt:
                 felt[b] = importances(mixture, judge)
+            cheap = {k: -prices.block(stage, [mixture.names[k]]).macs for k in felt[b]}
             now = burden(prices.block(stage, _real(mixture)))
-            for k, loss in felt[b].items():
+            for k, loss in expendable(mixture, felt[b], cheap if dear else felt[b]).items():
                 saved = max(now - burden(prices.block(stage, _real(mixture, k))), 1e-3 * now, LEAST)
                 worth = loss / saved if loss > 0 else loss * saved
                 if best is None or worth < best[0]:
                     best = (worth, b, k)
         if best is None:
-            if math.isfinite(wanted.macs) and _linear(net, prices).macs > wanted.macs:
-                raise _too_many(prices, net, wanted)
+            if dear:
+                raise too_many(prices, wanted)
             return False
         _, b, k = best
         net.mixtures[b].drop(k)
@@ -134,26 +139,29 @@ def _real(mixture: Mixture, without: int = -1) -> list[str]:
     return [mixture.names[k] for k in mixture.alive if k != without and mixture.names[k] != "none"]
 
 
-def _linear(net: Supernet, prices: Prices) -> Cost:
+def _macs(net: Supernet, prices: Prices) -> float:
+    """Exact, or more where blocks without a ReLU merge with what follows."""
     blocks = zip(prices.space.stages(), net.mixtures, strict=True)
-    return prices.fixed + total(prices.block(stage, _real(m)) for stage, m in blocks)
+    return prices.fixed.macs + sum(prices.block(stage, _real(m)).macs for stage, m in blocks)
 
 
 def _fits(net: Supernet, prices: Prices, wanted: Wanted, drelus: float) -> bool:
-    linear = _linear(net, prices)
     network = net.architecture([0] * len(net.choices))
+    linear, least = prices.linear([_real(m) for m in net.mixtures]), getattr(prices.least, wanted.metric)
+    room = least + ROOM * (wanted.limit - least)
     return (
-        linear.macs <= wanted.macs
-        and (wanted.metric == "drelus" or getattr(linear, wanted.metric) <= ROOM * wanted.limit)
+        _macs(net, prices) <= wanted.macs
+        and (wanted.metric == "drelus" or getattr(linear, wanted.metric) <= room)
         and prices.balance(network, drelus) <= wanted.balance
     )
 
 
-def _too_many(prices: Prices, net: Supernet, wanted: Wanted) -> BudgetError:
+def too_many(prices: Prices, wanted: Wanted) -> BudgetError:
+    """The error for fewer multiplications than one operator a block takes."""
     return BudgetError(
         "the space has no network with so few multiplications",
         got=f"macs<={wanted.macs:,.15g}",
-        allowed=f"about {_linear(net, prices).macs:,.0f} with one operator a block",
+        allowed=f"{prices.fewest_macs:,.0f} or more: one operator a block",
         fix="a smaller --set width=VALUE, fewer blocks, or cheaper operators",
     )
 
@@ -192,6 +200,7 @@ def project(
 
 def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, FloatArray]) -> list[int]:
     tables = []
+    fixed = prices.linear([_real(m) for m in net.mixtures])
     for site, choice in net.choices.items():
         costs = [prices.option(site, option) for option in choice.options]
         labels = tuple(f"{pool} {'relu' if relu else 'identity'}".strip() for pool, relu in choice.options)
@@ -199,7 +208,10 @@ def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, Floa
             m: np.array([getattr(cost, m) for cost in costs], np.float64) for m in {"drelus", wanted.metric}
         }
         tables.append(Table(site, labels, losses[site][None], priced))
-    problem = Problem(tuple(tables), _linear(net, prices), Cost())
+        # which the cheapest network has already
+        fixed = fixed + Cost(**{m: -float(min(row)) for m, row in priced.items()})
+    positive = Cost(**{m: max(0.0, getattr(fixed, m)) for m in {"drelus", wanted.metric}})
+    problem = Problem(tuple(tables), positive, Cost())
     budget = Budget((Limit(wanted.metric, wanted.limit),))
 
     def picks(picked: Picked) -> list[int]:
@@ -213,20 +225,21 @@ def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, Floa
             select(problem, budget) if wanted.metric == "drelus" else fit(problem, budget, exact).selection
         )
     except BudgetError as error:
-        raise floor(prices, wanted, str(error)) from error
+        least = f"{prices.space.least:,} DReLUs or more: those of its aggregates, whatever is chosen"
+        words = (
+            least if wanted.metric == "drelus" else str(error).partition("allowed: ")[2].partition("\n")[0]
+        )
+        raise floor(prices, wanted, words) from error
     return picks(found.picked)
 
 
-def floor(prices: Prices, wanted: Wanted, why: str) -> BudgetError:
-    """The error for a limit that no options meet."""
-    space = prices.space
-    lowest = space.least == 0 or wanted.metric != "drelus"
+def floor(prices: Prices, wanted: Wanted, allowed: str) -> BudgetError:
+    """The error for a limit that no network, or not the one that was found, meets."""
+    lowest = prices.space.least == 0 or wanted.metric != "drelus"
     return BudgetError(
         "no network of the space meets the budget",
         got=f"{wanted.metric}<={wanted.limit:,.15g}",
-        allowed=f"{space.least:,} DReLUs are in its aggregates whatever is chosen"
-        if wanted.metric == "drelus"
-        else why.split("allowed: ")[-1].split("\n")[0],
+        allowed=allowed,
         fix="a larger budget or a smaller --set width=VALUE"
         if lowest
         else "--set aggregates=searched: their ReLUs and pools become choices",

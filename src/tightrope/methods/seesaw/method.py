@@ -19,7 +19,7 @@ from tightrope.graph import Graph, trace
 from tightrope.lower import lower
 from tightrope.methods import CostModel, Learned, Progress, Shown
 from tightrope.methods.seesaw import relu_map
-from tightrope.methods.seesaw.decide import Judge, Wanted, floor, project, prune, settle
+from tightrope.methods.seesaw.decide import Judge, Wanted, floor, project, prune, settle, too_many
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.objectives import Dual, Reference
 from tightrope.methods.seesaw.operators import BORDERS, Borders, parse_operators
@@ -163,7 +163,7 @@ class SeesawMethod:
         limits = budget.resolve(baseline)
         for metric, limit in limits.items():
             if getattr(found, metric) > limit:
-                raise floor(prices, wanted, f"allowed: {getattr(found, metric):,.6g} {metric} were reached")
+                raise floor(prices, wanted, f"{getattr(found, metric):,.6g} {metric}, which were reached")
         notes = () if balanced else ("even one operator a block is more linear work than the balance allows",)
         share = accuracy(plain, data, "validation")
         return Learned(
@@ -210,9 +210,11 @@ class SeesawMethod:
             )
         metric, limit = next(iter(limits.items()))
         wanted = Wanted(metric, limit, macs, self.balance or math.inf)
-        least = prices.space.least if metric == "drelus" else getattr(prices.fixed, metric)
+        least = getattr(prices.least, metric)
         if least > limit:
-            raise floor(prices, wanted, f"allowed: {metric}<={least:,.6g} for what no choice changes")
+            raise floor(prices, wanted, f"{metric}<={least:,.15g} or more: what its cheapest network costs")
+        if prices.fewest_macs > macs:
+            raise too_many(prices, wanted)
         return wanted
 
     def _search(
@@ -257,7 +259,7 @@ class SeesawMethod:
         rounds = ROUNDS if fixed is None else 0
         network = net.architecture(project(net, prices, wanted, judge, rounds=rounds))
         if fixed is not None and fixed != tuple(block.relu for block in network.blocks):
-            raise floor(prices, wanted, "allowed: more than the ReLU map alone")
+            raise floor(prices, wanted, "more than the ReLU map alone")
         return network, balanced
 
 

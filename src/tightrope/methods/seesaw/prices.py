@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -77,19 +77,18 @@ def _conv(name: str, C: int, size: tuple[int, int], kernel: tuple[int, int], gro
 
 
 @dataclass(frozen=True)
-class _Written:
-    cost: Cost
-    weight: float
-
-
-@dataclass(frozen=True)
 class Prices:
-    """`cost` prices what is chosen and merged; `rates` say when linear and nonlinear work are in balance."""
+    """`cost` prices what is chosen and merged; `rates` say when linear and nonlinear work are in balance.
+
+    Where `rates` give no times, a runtime in the clear say, those of the release count.
+    """
 
     space: Space
     cost: CostModel
     rates: Rates
-    _known: dict[Any, _Written] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[tuple[bool, int, tuple[str, ...]], Cost] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def exact(self, network: nn.Module) -> Cost:
         """Of a network after merging, as the runtime prices the whole program; rounds are of a path."""
@@ -109,16 +108,18 @@ class Prices:
     def balance(self, network: Architecture, drelus: float) -> float:
         """Milliseconds of the blocks' linear work over those of so many comparisons, by `rates`."""
         blocks = zip(self.space.stages(), network.blocks, strict=True)
-        linear = sum(self._priced(self.rates, stage, block.operators).weight for stage, block in blocks)
-        return linear / max(drelus * self._per_relu_ms, 1e-12)
+        linear = sum(burden(self._priced(self._timed, stage, block.operators)) for stage, block in blocks)
+        (relu,) = self._option_ops("block1", ("", True))
+        nonlinear = drelus * burden(self._timed.price(relu)) / base_cost(relu).drelus
+        return linear / max(nonlinear, 1e-12)
 
     def block(self, stage: int, operators: Sequence[str]) -> Cost:
         """The linear part of a block, merged where that is cheaper."""
-        return self._priced(self.cost, stage, tuple(operators)).cost
+        return self._priced(self.cost, stage, tuple(operators))
 
     @cached_property
     def fixed(self) -> Cost:
-        """What no choice changes: stem, transitions, joins, classifier."""
+        """Of stem, transitions, joins and classifier where nothing merges with them: exact in MACs only."""
         known = [o for o in self.space.operators if o != "none"]
         # a kernel and a ReLU everywhere: nothing is merged from one block to the next
         network = self.space.network(known[-1:], relu=True)
@@ -130,6 +131,33 @@ class Prices:
         for k, aggregate in enumerate(network.aggregates, 1):
             spent = spent + self.option(f"aggregate{k}", (aggregate.pool, aggregate.relu)).scaled(-1)
         return Cost(**{m: max(0.0, getattr(spent, m)) for m in METRICS})
+
+    @cached_property
+    def cheapest(self) -> Architecture:
+        """One operator a block, and as few comparisons as the space allows."""
+        real = [o for o in self.space.operators if o != "none"]
+        operator = min(real, key=lambda o: burden(self.block(0, [o])))
+        return self.space.network([operator], relu=False, pool="avg" if "avg" in self.space.pools else None)
+
+    @cached_property
+    def least(self) -> Cost:
+        """Exact, of the cheapest network."""
+        return self.exact(assemble(self.space, self.cheapest))
+
+    @property
+    def fewest_macs(self) -> float:
+        """Of a network with one operator a block, where nothing merges across blocks."""
+        real = [o for o in self.space.operators if o != "none"]
+        return self.fixed.macs + sum(
+            min(self.block(stage, [o]).macs for o in real) for stage in self.space.stages()
+        )
+
+    def linear(self, operators: Sequence[Sequence[str]]) -> Cost:
+        """Of a network with these operators in its blocks and the fewest comparisons, about."""
+        spent = self.least
+        for stage, names, block in zip(self.space.stages(), operators, self.cheapest.blocks, strict=True):
+            spent = spent + self.block(stage, names) + self.block(stage, block.operators).scaled(-1)
+        return spent
 
     def expectation(self, net: Supernet, metric: str) -> Callable[[], Tensor]:
         """The mean of a cost over the probabilities of the choices and the weights of the operators.
@@ -158,33 +186,30 @@ class Prices:
 
     def _option_ops(self, site: str, option: Option) -> list[Op]:
         pool, relu = option
-        kind, number = site.rstrip("0123456789"), int(site.lstrip("abcdefghijklmnopqrstuvwxyz"))
-        stage = self.space.stages()[number - 1] if kind == "block" else number - 1
+        number = int(site.lstrip("abcdefghijklmnopqrstuvwxyz"))
+        stage = self.space.stages()[number - 1] if site.startswith("block") else number - 1
         C, H, W = self.space.shape(stage)
+        size = (H // 2, W // 2) if pool else (H, W)
+        inputs, shape = ("input",), (C, *size)
         ops: list[Op] = []
-        if pool:
-            H, W = H // 2, W // 2
-            made = {
-                "name": pool,
-                "inputs": ("input",),
-                "shape": (C, H, W),
-                "kernel": (2, 2),
-                "stride": (2, 2),
-            }
-            by_kind = {"max": MaxPool2d, "avg": AvgPool2d}
-            ops.append(Conv2d(**made, in_channels=C) if pool == "conv" else by_kind[pool](**made))  # type: ignore[arg-type]
+        if pool == "max":
+            ops.append(MaxPool2d(name=pool, inputs=inputs, shape=shape, kernel=(2, 2), stride=(2, 2)))
+        elif pool == "avg":
+            ops.append(AvgPool2d(name=pool, inputs=inputs, shape=shape, kernel=(2, 2), stride=(2, 2)))
+        elif pool == "conv":
+            ops.append(replace(_conv(pool, C, size, (2, 2), 1), stride=(2, 2)))
         if relu:
-            ops.append(Relu(name="relu", inputs=("input",), shape=(C, H, W), patches=((1, 1),) * C))
+            ops.append(Relu(name="relu", inputs=inputs, shape=shape, patches=((1, 1),) * C))
         return ops
 
-    def _priced(self, cost: Rates, stage: int, operators: tuple[str, ...]) -> _Written:
+    def _priced(self, cost: Rates, stage: int, operators: tuple[str, ...]) -> Cost:
         """The cheapest way to write a sum: the operators with the smallest kernels as one convolution."""
-        key = (cost is self.rates, stage, operators)
+        key = (cost is self.cost, stage, operators)
         if key not in self._known:
             self._known[key] = self._cheapest(cost, stage, operators)
         return self._known[key]
 
-    def _cheapest(self, cost: Rates, stage: int, operators: tuple[str, ...]) -> _Written:
+    def _cheapest(self, cost: Rates, stage: int, operators: tuple[str, ...]) -> Cost:
         C, H, W = self.space.shape(stage)
         foldable: list[tuple[tuple[int, int], Cost]] = []
         apart = Cost()
@@ -201,9 +226,9 @@ class Prices:
             rows, columns = (max(k[axis] for k, _ in foldable[:count]) for axis in (0, 1))
             one = cost.price(_conv("merged", C, (H, W), (rows, columns), 1))
             best = min(best, apart + one + total(alone for _, alone in foldable[count:]), key=burden)
-        return _Written(best, burden(best))
+        return best
 
     @cached_property
-    def _per_relu_ms(self) -> float:
+    def _timed(self) -> Rates:
         (relu,) = self._option_ops("block1", ("", True))
-        return burden(self.rates.price(relu)) / base_cost(relu).drelus
+        return self.rates if burden(self.rates.price(relu)) else PublishedRates()

@@ -16,7 +16,7 @@ from tightrope.checkpoint import Checkpoint
 from tightrope.data import Data
 from tightrope.errors import InputError
 from tightrope.methods import Progress
-from tightrope.methods.seesaw.decide import importances, settle
+from tightrope.methods.seesaw.decide import expendable, importances, settle
 from tightrope.methods.seesaw.objectives import Dual, Reference, learned
 from tightrope.methods.seesaw.supernet import Supernet
 from tightrope.shard import Shard
@@ -183,7 +183,8 @@ class Search:
         for mixture in self.net.mixtures:
             if len(mixture.alive) > target:
                 settle(self.net)
-                felt = importances(mixture, self.judge)
+                found = importances(mixture, self.judge)
+                felt = expendable(mixture, found, found)
                 for k in sorted(felt, key=lambda k: felt[k])[: len(mixture.alive) - target]:
                     mixture.drop(k)
 

@@ -66,6 +66,16 @@ def compose(op: Op, program: Program, inputs: Sequence[Sum]) -> Sum:
     return Sum(terms, bias, is_dense(op) or any(inner.dense for inner in inputs), copy_of)
 
 
+def scaled(total: Sum, factor: Vector, shift: Vector) -> Sum:
+    """(total + shift) * factor, element by element."""
+    terms = {}
+    for name, matrix in total.terms.items():
+        rows = matrix.tocsr()
+        data = rows.data * np.repeat(factor, np.diff(rows.indptr))
+        terms[name] = sp.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
+    return Sum(terms, (total.bias + shift) * factor, total.dense)
+
+
 def _times(a: Matrix, b: Matrix) -> Matrix:
     """Keeps zeros, which scipy's product drops: which diagonals there are must not tell of zero weights."""
     product, pattern = (a @ b).tocsr(), (_ones(a) @ _ones(b)).tocsr()

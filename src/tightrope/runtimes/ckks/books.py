@@ -55,8 +55,8 @@ class Books:
                 ms[step.ops[-1]] += one.ms
                 if isinstance(step, Refresh):
                     bootstraps += self.circuit.values[step.name].layout.ciphertexts
-                else:
-                    levels[step.ops[-1]] = step.level - one.level
+                elif sample is spent[0]:
+                    levels[step.ops[-1]] += step.level - one.level
         traces = tuple(
             OpTrace(
                 op.name, op.kind, replace(costs[op.name], online_ms=ms[op.name], ckks_levels=levels[op.name])

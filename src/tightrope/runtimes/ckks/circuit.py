@@ -65,6 +65,14 @@ class Affine(Step):
     def diagonals(self) -> int:
         return sum(len(block.shifts) for block in self.blocks.values())
 
+    @property
+    def encoded(self) -> int:
+        """The most diagonals of one input ciphertext: as many are encoded at a time."""
+        counts = [0] * self.inputs
+        for (_, c), block in self.blocks.items():
+            counts[c] += len(block.shifts)
+        return max(counts)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -109,6 +117,13 @@ class Composite(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Square(Step):
+    """Every slot times itself: one level."""
+
+    depth: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refresh(Step):
     """A bootstrap of every ciphertext of a value, which repeats with at most `slots`: to the top level."""
 
@@ -116,7 +131,7 @@ class Refresh(Step):
     depth: ClassVar[int] = 0
 
 
-AnyStep = Affine | Composite | Refresh
+AnyStep = Affine | Composite | Square | Refresh
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,10 @@ class Circuit:
         """The elements of the keys that the server needs, ascending."""
         return tuple(sorted({galois_element(k, self.parameters.log_n) for k in self.rotations()}))
 
+    def diagonal_bytes(self) -> list[int]:
+        """What the diagonals of every map take as numbers."""
+        return [8 * self.parameters.slots * s.diagonals for s in self.steps if isinstance(s, Affine)]
+
     def digest(self) -> str:
         """SHA-256 of everything public."""
         digest = hashlib.sha256(json.dumps(asdict(self.parameters)).encode())
@@ -183,7 +202,7 @@ class Circuit:
             elif isinstance(step, Composite):
                 about += [[stage.degree for stage in step.stages], step.gated]
             else:
-                about += ["bootstrap", step.slots]
+                about += [type(step).__name__, step.slots if isinstance(step, Refresh) else 0]
             digest.update(json.dumps(about).encode())
         for name, value in self.values.items():
             about = [name, value.scale, value.level, value.layout.shape, value.layout.period]

@@ -38,6 +38,7 @@ class CKKS:
     log_n: the ring's degree as a power of two, 0 for the smallest one that is secure and has the levels.
     bootstrap: whether ciphertexts are refreshed on the way: `auto`, where no secure ring has the levels,
     `always`, `never`. refresh_levels: levels after each, 0 for what makes them cheapest.
+    squares: whether a quadratic between two layers takes one level instead of two, by completing the square.
     memory_bytes: what both processes together may take, 0 for four fifths of what is free; a session whose
     estimate is larger is refused. threads: images that the server works on at a time. timeout_s: how long the
     client waits for an answer; port: of the server on the loopback, 0 for a free one.
@@ -49,6 +50,7 @@ class CKKS:
     log_n: int = 0
     bootstrap: str = "auto"
     refresh_levels: int = 0
+    squares: bool = True
     memory_bytes: int = 0
     threads: int = 2
     timeout_s: float = 3600.0

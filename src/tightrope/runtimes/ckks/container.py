@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Composite, Refresh
+from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Composite, Refresh, Square
 from tightrope.runtimes.ckks.diagonals import LOG_RATIO
 from tightrope.runtimes.ckks.parameters import Parameters
 from tightrope.types import Json
@@ -24,12 +25,19 @@ def parts(step: AnyStep) -> int:
     return max(each, default=1)
 
 
-def container(step: AnyStep, parameters: Parameters, part: int = 0) -> bytes:
-    """The evaluator's file for one step: the whole of a map, one ciphertext of a polynomial or bootstrap."""
+def container(
+    step: AnyStep, parameters: Parameters, part: int = 0, factors: Sequence[float] | None = None
+) -> bytes:
+    """The evaluator's file for one step: the whole of a map, one ciphertext of any other.
+
+    factors: of a map's inputs, by which it multiplies them besides.
+    """
     if isinstance(step, Affine):
-        nodes, edges, blobs = _affine_nodes(step, parameters)
+        nodes, edges, blobs = _affine_nodes(step, parameters, factors or [1.0] * step.inputs)
     elif isinstance(step, Composite):
         nodes, edges, blobs = _composite_nodes(step, part)
+    elif isinstance(step, Square):
+        nodes, edges, blobs = [_node("square", "quad", step.level, 1)], [("in", "square")], []
     else:
         nodes, edges, blobs = _refresh_nodes(step)
     library = parameters.library()
@@ -65,7 +73,7 @@ def container(step: AnyStep, parameters: Parameters, part: int = 0) -> bytes:
 Made = tuple[list[Node], list[tuple[str, str]], list[bytes]]
 
 
-def _affine_nodes(step: Affine, parameters: Parameters) -> Made:
+def _affine_nodes(step: Affine, parameters: Parameters, factors: Sequence[float]) -> Made:
     blobs: list[bytes] = []
     names: dict[str, int] = {}
     for r in range(step.outputs):
@@ -76,7 +84,8 @@ def _affine_nodes(step: Affine, parameters: Parameters) -> Made:
                 blobs.append(U32.pack(0))
                 continue
             shifts = np.array(block.shifts, "<i4")
-            blobs.append(U32.pack(len(shifts)) + shifts.tobytes() + _doubles(block.dense(parameters.slots)))
+            dense = block.dense(parameters.slots) * factors[c]
+            blobs.append(U32.pack(len(shifts)) + shifts.tobytes() + _doubles(dense))
         names[f"bias_{r}"] = len(blobs)
         blobs.append(_doubles(step.bias[r]))
     config = {

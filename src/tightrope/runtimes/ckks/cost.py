@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tightrope.program import Program, base_cost, deepest
-from tightrope.runtimes.ckks import bootstrapping
-from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Circuit, Composite, Refresh, Value
+from tightrope.runtimes.ckks import bootstrapping, lattigo
+from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Circuit, Composite, Refresh, Square, Value
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.diagonals import steps
 from tightrope.runtimes.ckks.format import boot_key_size, ciphertext_size, key_size
@@ -26,7 +26,7 @@ PRODUCT_MS = 3.0e-6
 COPY_MS = 8.0e-6
 KEY_MS = 1.0e-5
 MULTIPLICATIONS = {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 5}  # ciphertext products by degree
-KEY_COPIES = 3.2  # of the keys, while the server reads them: the mapped file, the library's copy, the keys
+KEY_COPIES = 2.4  # of the keys, while the server reads them: the library's copy and the keys
 WORKING_CIPHERTEXTS = 40  # per image in work: hoisted decompositions and results of the largest step
 MAKER_COPIES = 3.2  # of bootstrapping's keys, in the process that makes them
 GARBAGE = 1.4  # how far the server's heap grows beyond what is in use
@@ -73,13 +73,17 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
     parameters = circuit.parameters
     keys = len(circuit.galois_elements()) + 1
     key_bytes = keys * parameters.key_bytes
-    diagonals = [8 * parameters.slots * s.diagonals for s in circuit.steps if isinstance(s, Affine)]
+    diagonals = circuit.diagonal_bytes()
+    kept = sum(diagonals) if sum(diagonals) <= lattigo.KEPT_BYTES else max(diagonals)
     top = parameters.ciphertext_bytes(parameters.levels)
-    encoded = max((s.diagonals for s in circuit.steps if isinstance(s, Affine)), default=0) * top / 2
-    working = threads * int(WORKING_CIPHERTEXTS * top + encoded)
+    encoded = max((s.encoded for s in circuit.steps if isinstance(s, Affine)), default=0)
+    rows = parameters.levels + 1 + len(parameters.p_bits)
+    working = threads * int(WORKING_CIPHERTEXTS * top + encoded * rows * (8 << parameters.log_n))
     boot = boot_key_size(circuit)
     matrices = _dft_bytes(parameters, circuit.boot_slots) if boot else 0
-    serving = int(GARBAGE * (boot + matrices)) + int(KEY_COPIES * key_bytes) + 2 * sum(diagonals) + working
+    library = GARBAGE * (key_bytes + boot + matrices)
+    loading = max(KEY_COPIES * key_bytes, key_bytes + KEY_COPIES * boot)
+    serving = int(max(loading, library + 2 * kept + working))
     return Estimate(
         parameters=parameters,
         keys=keys,
@@ -88,7 +92,7 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         boot_key_bytes=boot,
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
         maker_bytes=PROCESS_BYTES + int(MAKER_COPIES * boot) if boot else 0,
-        server_bytes=PROCESS_BYTES + max(serving, int(KEY_COPIES * boot)),
+        server_bytes=PROCESS_BYTES + serving,
         setup_ms=(key_bytes + boot) * KEY_MS,
         image_ms=sum(step_ms(s, parameters, circuit.values) for s in circuit.steps),
     )
@@ -111,7 +115,12 @@ def step_ms(step: AnyStep, parameters: Parameters, values: Mapping[str, Value]) 
     copied = sum(parameters.ciphertext_bytes(v.level) * v.layout.ciphertexts for v in held)
     if isinstance(step, Affine):
         return copied * COPY_MS + _affine_ms(step, parameters)
-    one = _composite_ms(step, parameters) if isinstance(step, Composite) else refresh_ms(step, parameters)
+    if isinstance(step, Composite):
+        one = _composite_ms(step, parameters)
+    elif isinstance(step, Square):
+        one = multiplication_ms(parameters, step.level)
+    else:
+        one = refresh_ms(step, parameters)
     return copied * COPY_MS + one * held[0].layout.ciphertexts
 
 
@@ -222,7 +231,7 @@ def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
     """Counts as a run makes them, and milliseconds; value ranges are not needed."""
     names = (Program.INPUT, *(op.name for op in program.ops))
     ranged = replace(program.public(), ranges=dict.fromkeys(names, 1.0) | dict(program.ranges))
-    circuit = compile_program(ranged, config.parameters)
+    circuit = compile_program(ranged, config.parameters, config.squares)
     costs = op_costs(program, circuit, batch)
     for step in circuit.steps:
         costs[step.ops[-1]] += Cost(online_ms=batch * step_ms(step, circuit.parameters, circuit.values))

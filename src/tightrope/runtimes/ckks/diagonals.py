@@ -8,8 +8,9 @@ baby-step giant-step evaluation, whose split must be reproduced to know which ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from tightrope.runtimes.ckks.layout import Layout
 
 LOG_RATIO = 1  # baby steps per giant step, as a power of two: what the container asks for
+MAX_DIAGONALS = 256  # encoded at a time
 GENERATOR = 5  # of the rotations, Lattigo ring/ring.go
 
 
@@ -45,6 +47,34 @@ class Block:
         full = np.zeros((len(self.shifts), slots))
         full[:, : self.period] = first
         return full
+
+
+def chunks(found: Mapping[tuple[int, int], Block]) -> list[dict[tuple[int, int], Block]]:
+    """The same blocks in as few parts as keep the diagonals of an input ciphertext in each to MAX_DIAGONALS.
+
+    The evaluator holds all diagonals of an input encoded at a time, so a wide layer reads its input in turns.
+    """
+    columns: dict[int, int] = {}
+    for (_, c), block in found.items():
+        columns[c] = columns.get(c, 0) + len(block.shifts)
+    count = -(-max(columns.values()) // MAX_DIAGONALS)
+    parts: list[dict[tuple[int, int], Block]] = [{} for _ in range(count)]
+    for pair, block in found.items():
+        for part, piece in zip(parts, _pieces(block, count), strict=True):
+            if piece.shifts:
+                part[pair] = piece
+    return parts
+
+
+def _pieces(block: Block, count: int) -> Iterator[Block]:
+    """Neighbouring diagonals together, so that they share baby steps."""
+    bounds = [len(block.shifts) * k // count for k in range(count + 1)]
+    for begin, end in pairwise(bounds):
+        mine = (block.which >= begin) & (block.which < end)
+        yield replace(
+            block, shifts=block.shifts[begin:end], which=block.which[mine] - begin, at=block.at[mine],
+            values=block.values[mine],
+        )  # fmt: skip
 
 
 def folds(source: Layout, target: Layout) -> int:

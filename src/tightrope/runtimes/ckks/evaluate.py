@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from tightrope.errors import ProtocolError
-from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh
+from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh, Square
 
 C = TypeVar("C")  # a ciphertext
 
@@ -19,6 +19,8 @@ class Backend(Protocol[C]):
     def affine(self, step: Affine, inputs: Sequence[C]) -> list[C]: ...
 
     def composite(self, step: Composite, inputs: Sequence[C]) -> list[C]: ...
+
+    def square(self, step: Square, inputs: Sequence[C]) -> list[C]: ...
 
     def refresh(self, step: Refresh, inputs: Sequence[C]) -> list[C]: ...
 
@@ -60,6 +62,8 @@ def evaluate(
             made = backend.affine(step, operands)
         elif isinstance(step, Composite):
             made = backend.composite(step, operands)
+        elif isinstance(step, Square):
+            made = backend.square(step, operands)
         else:
             made = backend.refresh(step, operands)
         level = min(backend.level(ciphertext) for ciphertext in made)

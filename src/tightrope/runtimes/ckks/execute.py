@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tightrope.errors import InputError, ProtocolError, TightropeError, TraceError
 from tightrope.program import Program
-from tightrope.runtimes.ckks import keymaker, lattigo
+from tightrope.runtimes.ckks import cost, keymaker, lattigo
 from tightrope.runtimes.ckks.books import Books
 from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.evaluate import Spent
@@ -61,7 +61,8 @@ class CKKSSession(Books):
         super().__init__(program, config, circuit)
         start = time.perf_counter()
         own, other = make_identity("client"), make_identity("server")
-        self._process, errors = _start(program, config, circuit.parameters, own, other)
+        limit = cost.estimate(circuit, config.threads).server_bytes
+        self._process, errors = _start(program, config, circuit.parameters, own, other, limit)
         self._errors = errors
         self._end = weakref.finalize(self, _kill, self._process, errors)
         self._client: lattigo.Client | None = None
@@ -213,22 +214,26 @@ class CKKSSession(Books):
 
 
 def _start(
-    program: Program, config: CKKS, parameters: Parameters, client: Identity, server: Identity
+    program: Program, config: CKKS, parameters: Parameters, client: Identity, server: Identity, limit: int
 ) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """The server's process, told what it needs: the client's certificate, and of its keys nothing."""
+    """The server's process, told what it needs: the client's certificate, and of its keys nothing.
+
+    limit: bytes, near which the library collects its garbage more eagerly.
+    """
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the session
     process = subprocess.Popen(
         [sys.executable, "-m", "tightrope.runtimes.ckks.server"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
-        env=os.environ | {"GOGC": GARBAGE_PERCENT},
+        env=os.environ | {"GOGC": GARBAGE_PERCENT, "GOMEMLIMIT": str(limit)},
         start_new_session=True,  # an interrupt from the keyboard is the session's to handle
     )
     weights = program.weights()
     about: Mapping[str, Json] = {
         "structure": program.structure(),
         "parameters": asdict(parameters),
+        "squares": config.squares,
         "certificate": server.certificate.decode(),
         "key": server.key.decode(),
         "client_certificate": client.certificate.decode(),

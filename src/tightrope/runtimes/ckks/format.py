@@ -20,6 +20,7 @@ METADATA = (
     b'"IsBatched":"0x01","IsBitReversed":"0x00","LogDimensions":["0x00","0x?"]},'
     b'"CiphertextMetaData":{"IsNTT":"0x01","IsMontgomery":"0x00"}}'
 )
+SCALE_DIGITS = METADATA_BYTES - len(METADATA)
 WORD = struct.Struct("<Q")
 COUNT = struct.Struct("<I")
 BOOT_FLAGS = b"\0\0\0\0\1"  # no keys for other rings; then one from the dense secret to the sparse one
@@ -61,6 +62,19 @@ def check_ciphertext(data: bytes, parameters: Parameters, where: str) -> int:
     _check_metadata(data, parameters, where)
     _check_lengths(data, METADATA_BYTES, _polynomials(2, [rows], 1 << parameters.log_n), where)
     return rows - 1
+
+
+def scale_of(data: bytes) -> float:
+    """The scale that a checked ciphertext has."""
+    start = METADATA.index(b"#")
+    return float(data[start : start + SCALE_DIGITS])
+
+
+def with_scale(data: bytes, parameters: Parameters) -> bytes:
+    """The same numbers as a ciphertext of the parameters' scale."""
+    start = METADATA.index(b"#")
+    text = format(2.0**parameters.scale_bits, f".{SCALE_DIGITS - 6}e").encode()
+    return data[:start] + text + data[start + SCALE_DIGITS :]
 
 
 def check_key(data: bytes, parameters: Parameters, element: int | None, where: str) -> None:

@@ -12,6 +12,7 @@ import json
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,13 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.errors import InputError, ProtocolError
-from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh
+from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Circuit, Composite, Refresh, Square
 from tightrope.runtimes.ckks.container import container, parts
-from tightrope.runtimes.ckks.format import HAS, check_boot_keys, check_ciphertext, key_size
+from tightrope.runtimes.ckks.format import (
+    HAS,
+    check_boot_keys,
+    check_ciphertext,
+    key_size,
+    scale_of,
+    with_scale,
+)
 from tightrope.runtimes.ckks.parameters import Parameters
 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 NO_KEYS = b"\0\0"
+KEPT_BYTES = 1 << 30  # of diagonals: more are handed to the library anew for every image
 
 
 class Client:
@@ -135,7 +144,7 @@ class Server:
     circuit: Circuit
     evaluator: Any
     refresher: Any
-    models: dict[tuple[str, int], Any]
+    models: dict[tuple[str, int], Any] | None
 
     @classmethod
     def load(cls, circuit: Circuit, keys: Path, boot: Path | None = None) -> Server:
@@ -143,50 +152,73 @@ class Server:
 
         Raises ProtocolError for files of another size or contents, or that the library refuses.
         """
+        _check_file(keys, circuit.parameters, len(circuit.galois_elements()))
+        with _mapped(keys) as data:
+            evaluator = _evaluator(circuit.parameters, data, None)
         refresher = None
         if boot is not None:
             with _mapped(boot) as data:
                 check_boot_keys(data, circuit, str(boot))
                 refresher = _evaluator(circuit.parameters, NO_KEYS, data)
-        _check_file(keys, circuit.parameters, len(circuit.galois_elements()))
-        with _mapped(keys) as data:
-            evaluator = _evaluator(circuit.parameters, data, None)
+        return cls(circuit, evaluator, refresher, {} if sum(circuit.diagonal_bytes()) <= KEPT_BYTES else None)
+
+    @contextmanager
+    def _model(self, step: AnyStep, part: int, factors: Sequence[float] | None) -> Iterator[Any]:
+        """A step's graph, made when it is needed first, and kept where all of them are small."""
         load = _library("orion_evaluator.model").Model.load
-        return cls(
-            circuit,
-            evaluator,
-            refresher,
-            {
-                (step.name, part): load(container(step, circuit.parameters, part))
-                for step in circuit.steps
-                for part in range(parts(step))
-            },
-        )
+        made = None if self.models is None else self.models.get((step.name, part))
+        if made is None:
+            made = load(container(step, self.circuit.parameters, part, factors))
+        if self.models is not None:
+            yield self.models.setdefault((step.name, part), made)
+            return
+        try:
+            yield made
+        finally:
+            made.close()
 
     def affine(self, step: Affine, inputs: Sequence[bytes]) -> list[bytes]:
-        return self._run(step.name, 0, inputs)
+        """Products leave ciphertexts at s^2 / q, not at the scale s: factors in the map make it so again.
+
+        Otherwise the bias, and sums of ciphertexts of different scales, would be wrong by that much, and
+        squares would double it every time. The scales depend on the primes alone, so a graph can be kept.
+        """
+        scale = 2.0**self.circuit.parameters.scale_bits
+        made = self._run(step, 0, inputs, factors=[scale / scale_of(x) for x in inputs])
+        return [with_scale(y, self.circuit.parameters) for y in made]
+
+    def square(self, step: Square, inputs: Sequence[bytes]) -> list[bytes]:
+        return self._run(step, 0, inputs)
 
     def composite(self, step: Composite, inputs: Sequence[bytes]) -> list[bytes]:
         last = parts(step) - 1
-        return [y for k, x in enumerate(inputs) for y in self._run(step.name, min(k, last), [x])]
+        return [y for k, x in enumerate(inputs) for y in self._run(step, min(k, last), [x])]
 
     def refresh(self, step: Refresh, inputs: Sequence[bytes]) -> list[bytes]:
-        return [y for x in inputs for y in self._run(step.name, 0, [x], self.refresher)]
+        return [y for x in inputs for y in self._run(step, 0, [x], self.refresher)]
 
     def level(self, ciphertext: bytes) -> int:
         return check_ciphertext(ciphertext, self.circuit.parameters, "the evaluator's result")
 
-    def _run(self, step: str, part: int, inputs: Sequence[bytes], evaluator: Any = None) -> list[bytes]:
+    def _run(
+        self,
+        step: AnyStep,
+        part: int,
+        inputs: Sequence[bytes],
+        evaluator: Any = None,
+        factors: Sequence[float] | None = None,
+    ) -> list[bytes]:
         try:
-            made: list[bytes] = (evaluator or self.evaluator).forward(self.models[step, part], list(inputs))
+            with self._model(step, part, factors) as model:
+                made: list[bytes] = (evaluator or self.evaluator).forward(model, list(inputs))
         except Exception as error:  # the library's own class, known only once it is imported
             missing = "GaloisKey" in str(error)
             what = "a Galois key is missing" if missing else "the evaluator refused a step"
-            raise ProtocolError(what, where=step, got=str(error)[-300:]) from error
+            raise ProtocolError(what, where=step.name, got=str(error)[-300:]) from error
         return made
 
     def close(self) -> None:
-        for model in self.models.values():
+        for model in (self.models or {}).values():
             model.close()
         self.evaluator.close()
         if self.refresher is not None:

@@ -59,7 +59,7 @@ def main() -> int:
     try:
         program = Program.decode(about["structure"], weights, Path("server"))
         parameters = Parameters.of(about["parameters"])
-        circuit = compile_program(program, lambda *_: parameters)
+        circuit = compile_program(program, lambda *_: parameters, about["squares"])
         own = Identity(about["certificate"].encode(), about["key"].encode())
         context = tls_context(own, about["client_certificate"].encode(), accepts=True)
         listener = socket.create_server((HOST, about["port"]))

@@ -34,7 +34,9 @@ def open_session(program: Program, config: CKKS, mode: str) -> CKKSSession | Sim
     """See `CKKS.open`."""
     if mode not in MODES:
         raise InputError("unknown mode", where="ckks", got=mode, allowed=MODES)
-    circuit = compile_program(program if mode == "simulate" else program.public(), config.parameters)
+    circuit = compile_program(
+        program if mode == "simulate" else program.public(), config.parameters, config.squares
+    )
     return begin(program, config, circuit, mode)
 
 

@@ -154,11 +154,14 @@ def _fetch(duty: Duty, order: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _lots(duty: Duty, order: Mapping[str, Json]) -> dict[str, Json]:
-    """Tell which lots of the client can be used here; its others, on which both will never agree, go."""
-    stock, listed = duty.house.kept(), order.get("lots")
+    """Tell which lots of the client can be used here, none without a stock; its others, on which both will
+    never agree, go."""
+    stock, listed = duty.house.stock, order.get("lots")
     if not isinstance(listed, list):
         raise ProtocolError("no list of lots")
     owner, names = _name(order.get("owner")), {_name(name) for name in listed}
+    if stock is None:
+        return {"lots": {}}
     usable = stock.lots(duty.house.terms, owner, duty.house.weights)
     both = {name: lot.next for name, lot in usable.items() if name in names}
     stock.forget(lambda lot: lot.about.owner == owner and lot.name not in both)

@@ -227,7 +227,14 @@ def connect(
             raise ProtocolError(f"the peer is {name or 'of no known role'}, not {peer}", where=own)
         return peer
 
-    proven = handshake(raw, context, own, is_peer, max(0.1, deadline - time.monotonic()))
+    try:
+        proven = handshake(raw, context, own, is_peer, max(0.1, deadline - time.monotonic()))
+    except ProtocolError as error:
+        raise ProtocolError(
+            error.what,
+            where=f"{own} to {peer}, {host}:{port}",
+            fix=f"see that {peer} listens there and is well, and that all certificates are of one authority",
+        ) from error
     return proven.channel(own, clock, timeout_s)
 
 
@@ -254,6 +261,9 @@ def handshake(
             if hasattr(socket, option):
                 raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         secure = context.wrap_socket(raw, server_side=accepts)
+    except TimeoutError as error:
+        raw.close()
+        raise ProtocolError("the peer gives no answer in time", where=own) from error
     except (OSError, ValueError) as error:
         raw.close()
         raise ProtocolError(f"no TLS 1.3 with a valid certificate ({_reason(error)})", where=own) from error

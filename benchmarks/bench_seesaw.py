@@ -1,0 +1,214 @@
+"""Does a searched network beat random gates, its gates without extra operators, a wide residual network?
+
+All four are trained anew by one recipe with the demo network as teacher, so that only what was chosen
+differs, and compared on test images. Without --full: a small space, few images and two seeds, to see whether
+the script works and which way it points.
+
+    python benchmarks/bench_seesaw.py [--full]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from _rows import row, write
+from tightrope import data as datasets
+from tightrope import models
+from tightrope.data import Data
+from tightrope.evaluate import accuracy
+from tightrope.finetune import Recipe, finetune
+from tightrope.graph import trace
+from tightrope.lower import lower
+from tightrope.methods.seesaw import SeesawMethod
+from tightrope.methods.seesaw.network import assemble
+from tightrope.methods.seesaw.space import Aggregate, Architecture, Block, Space
+from tightrope.program import base_cost
+from tightrope.runtimes.mpc import MPC
+from tightrope.types import Budget, Cost, total
+
+TOLERANCE = 0.10  # of the multiplications and ReLUs of a wide residual network
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work: the space, its search, the training of every network, and over how many seeds."""
+
+    data: str
+    method: SeesawMethod
+    budgets: tuple[int, ...]
+    seeds: int
+    recipe: Recipe
+
+
+REDUCED = Size(
+    "embedded",
+    SeesawMethod(space="2,2", width=4, epochs=6, limit=1536, keep=3, branches=2, samples=256, recovery=0),
+    (4000, 8000, 14000),
+    2,
+    Recipe(epochs=2, limit=4000, lr=0.1, ema=0.99),
+)
+FULL = Size(
+    "fashion-mnist",
+    SeesawMethod(
+        space="2,2,2", width=8, epochs=20, limit=16000, keep=4, branches=3, samples=2000, recovery=0
+    ),
+    (8000, 16000, 32000),
+    3,
+    Recipe(epochs=8, lr=0.1, ema=0.998),
+)
+
+
+class Wide(nn.Module):
+    """Residual blocks after a convolution that shrinks the image: nothing but width, depth and kernel."""
+
+    def __init__(self, channels: int, blocks: int, kernel: int, stride: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, channels, 2 * stride + 1, stride, stride, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+        )
+        self.blocks = nn.ModuleList(_Residual(channels, kernel) for _ in range(blocks))
+        self.classifier = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(
+                nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False),
+                nn.BatchNorm2d(channels),
+            )
+            for _ in range(2)
+        )
+        self.act1, self.act2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act2(x + self.second(self.act1(self.first(x))))
+        return y
+
+
+def wide(side: int, classes: int, macs: float, drelus: float) -> tuple[Wide, Cost]:
+    """The residual network nearest to both numbers, over neither by more than the tolerance."""
+    best: tuple[float, tuple[int, int, int, int]] | None = None
+    for stride, blocks, kernel in itertools.product((1, 2, 4), range(1, 7), (1, 3, 5, 7, 9)):
+        size = -(-side // stride)
+        for channels in range(2, 257):
+            relus = channels * size**2 * (1 + 2 * blocks)
+            spent = size**2 * channels * ((2 * stride + 1) ** 2 + 2 * blocks * channels * kernel**2)
+            if relus <= drelus * (1 + TOLERANCE) and spent <= macs * (1 + TOLERANCE):
+                apart = abs(np.log(relus / drelus)) + abs(np.log(spent / macs))
+                if best is None or apart < best[0]:
+                    best = (float(apart), (channels, blocks, kernel, stride))
+    assert best is not None
+    net = Wide(*best[1], classes)
+    return net, counts(net, (1, side, side))
+
+
+def counts(net: nn.Module, shape: tuple[int, ...]) -> Cost:
+    return total(base_cost(op) for op in lower(net.eval(), shape).ops)
+
+
+def random_gates(space: Space, network: Architecture, drelus: float, seed: int) -> Architecture:
+    """The same operators and other gates: as many comparisons, in a random order of what is turned on."""
+    draw = np.random.default_rng(seed)
+    blocks = [Block(b.operators, False) for b in network.blocks]
+    aggregates = [Aggregate("avg", False) for _ in network.aggregates]
+    for k in draw.permutation(len(blocks) + len(aggregates)):
+        tried_blocks, tried = list(blocks), list(aggregates)
+        if k < len(blocks):
+            tried_blocks[k] = replace(blocks[k], relu=True)
+        else:
+            tried[k - len(blocks)] = Aggregate("avg", True)
+        if space.drelus(Architecture(tuple(tried_blocks), tuple(tried))) <= drelus:
+            blocks, aggregates = tried_blocks, tried
+    return Architecture(tuple(blocks), tuple(aggregates))
+
+
+def scores(make, data: Data, teacher: nn.Module, size: Size) -> list[float]:
+    """Test accuracy of new weights, by seed."""
+    found = []
+    for seed in range(size.seeds):
+        torch.manual_seed(seed)
+        tuned = finetune(make(seed), data, teacher=teacher, recipe=replace(size.recipe, seed=seed))
+        found.append(accuracy(tuned, data, "test"))
+    return found
+
+
+def compare(size: Size, command: str) -> list[dict[str, object]]:
+    data = datasets.load(size.data)
+    teacher = models.resolve("demo")
+    graph = trace(teacher, data.input_shape)
+    space = size.method.space_for(data.input_shape, len(data.classes))
+    rows: list[dict[str, object]] = []
+    for limit in size.budgets:
+        budget = Budget.parse(f"drelus<={limit}")
+        learned = size.method.learn(graph, data, task=None, budget=budget, cost=MPC().pricing())
+        network = Architecture.from_json(learned.choices, space)
+        drelus = learned.predicted.drelus
+        bare = replace(network, blocks=tuple(Block(("conv_3",), b.relu) for b in network.blocks))
+        bare_space = replace(space, operators=tuple(dict.fromkeys((*space.operators, "conv_3"))))
+        rivals = {
+            "random gates": lambda seed, n=network, d=drelus: assemble(
+                space, random_gates(space, n, d, seed)
+            ),
+            "no extra operators": lambda seed, s=bare_space, b=bare: assemble(s, b),
+            "wide residual": lambda seed, p=learned.predicted: wide(28, 10, p.macs, p.drelus)[0],
+        }
+        mine = scores(lambda seed, n=network: assemble(space, n), data, teacher, size)
+        print(
+            f"{budget}: {drelus:,.0f} DReLUs, {learned.predicted.macs:,.0f} MACs, {_said(mine)}", flush=True
+        )
+        print(*(f"  {row}" for row in learned.shown[0].rows), sep="\n", flush=True)
+        rows.append(_row(size, command, f"accuracy at {budget}", statistics.mean(mine), "", True))
+        for name, make in rivals.items():
+            other = scores(make, data, teacher, size)
+            cost = counts(make(0), data.input_shape)
+            margin = statistics.mean(mine) - statistics.mean(other)
+            error = (_variance(mine) + _variance(other)) ** 0.5 / size.seeds**0.5
+            print(f"  {name}: {_said(other)}, {cost.drelus:,.0f} DReLUs, {cost.macs:,.0f} MACs", flush=True)
+            holds = margin >= 0.005 or 0 < 2 * error <= margin
+            bar = f"points above {name} at {budget} (bar: 0.5, or 2 standard errors)"
+            rows.append(_row(size, command, bar, 100 * margin, "points", holds))
+    return rows
+
+
+def _variance(values: list[float]) -> float:
+    return statistics.variance(values) if len(values) > 1 else 0.0
+
+
+def _said(values: list[float]) -> str:
+    return " ".join(f"{v:.2%}" for v in values)
+
+
+def _row(size: Size, command: str, bar: str, value: float, unit: str, holds: bool) -> dict[str, object]:
+    where = "" if size is FULL else f", reduced: {size.recipe.limit:,} images, {size.seeds} seeds"
+    return row(bar + where, value, unit, holds) | {"issue": 6, "command": command}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="full Fashion-MNIST, three seeds")
+    full = parser.parse_args().full
+    torch.set_num_threads(1)
+    command = "python benchmarks/bench_seesaw.py" + (" --full" if full else "")
+    write("seesaw" if full else "seesaw_reduced", compare(FULL if full else REDUCED, command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The method from the command line: search, apply, run, curve, solve and the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from commands import call, refused
+from tightrope.bundle import Bundle
+
+FEW = ("--samples", "32", "--set", "polynomials=degree *;f1 g2", "--runtime", "plain")
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("paf") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        made = call(patch, "search", "--method", "paf", "--budget", "ckks_levels<=18", "--out", out, *FEW)
+        assert made == 0
+        assert call(patch, "apply", out) == 0
+    return out
+
+
+def test_the_plan_is_within_the_budget_and_runs(chosen, tmp_path, monkeypatch, capsys):
+    bundle = Bundle.open(chosen)
+    plan, program = bundle.plan(), bundle.program()
+    assert plan.predicted.ckks_levels <= 18 and plan.gap == 0
+    assert {op.kind for op in program.ops} >= {"polynomial"} and "relu" not in {op.kind for op in program.ops}
+    capsys.readouterr()
+    assert call(monkeypatch, "run", chosen, "--runtime", "plain", "--count", "2", "--json") == 0
+    spent = json.loads(capsys.readouterr().out)["measurement"]["total"]
+    assert spent["ckks_levels"] == plan.predicted.ckks_levels
+    assert call(monkeypatch, "solve", chosen, "--budget", "ckks_levels<=40%", "--out", tmp_path / "b") == 0
+    assert "distinct polynomials" in capsys.readouterr().out
+    again = Bundle.open(tmp_path / "b").plan()
+    assert again.predicted.ckks_levels <= 0.4 * plan.baseline.ckks_levels
+
+
+def test_the_report_draws_every_polynomial(chosen, monkeypatch, capsys):
+    assert call(monkeypatch, "curve", chosen, "--points", "2", "--limit", "50", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["curve"]
+    assert {"tightrope", "uniform", "random", "degree 2"} <= set().union(*(row["accuracy"] for row in rows))
+    assert call(monkeypatch, "report", chosen) == 0
+    page = (chosen / "report.html").read_text()
+    bundle = Bundle.open(chosen)
+    assert page.count('class="map plot"') == len(bundle.problem().tables)
+    text = re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert "CKKS levels kept per layer" in text and "patch" not in text
+    assert "--method paf" in page and "polynomials=degree" in page
+    assert "CKKS levels kept" in (chosen / "README.md").read_text()
+
+
+def test_a_budget_below_the_cheapest_polynomials_says_what_is_possible(tmp_path, monkeypatch, capsys):
+    args = ("search", "--method", "paf", "--out", tmp_path / "b", *FEW)
+    refused(monkeypatch, capsys, *args, "--budget", "ckks_levels<=13", says="ckks_levels<=14 or more")
+    refused(monkeypatch, capsys, *args, "--budget", "rounds<=3", says="no option is priced")
+    assert not (tmp_path / "b" / "plan.json").exists()

@@ -1,0 +1,196 @@
+"""The method: exact choices along the graph, losses and histograms that are what they say, bad input."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from networks import Chain, TinyResNet, conv, images, plan_for, settle
+from tightrope.errors import BudgetError, InputError
+from tightrope.graph import trace
+from tightrope.lower import lower
+from tightrope.methods.paf import PafMethod
+from tightrope.methods.paf.controls import controls
+from tightrope.methods.paf.library import names
+from tightrope.methods.paf.options import TARGETS, fit, matching
+from tightrope.methods.paf.sites import histograms
+from tightrope.methods.paf.tuning import Histogram
+from tightrope.rewrite import apply
+from tightrope.runtimes.ckks import CKKS
+from tightrope.runtimes.plain import ranges
+from tightrope.solve.select import cheapest, price, select
+from tightrope.types import Budget, Cost, Problem, Step, Table
+
+FEW = {"samples": 16, "batch_size": 8, "polynomials": "degree *"}
+
+
+@st.composite
+def problems(draw) -> Problem:
+    """Random graphs of up to 7 values with joins, up to 4 of them sites; small integer levels."""
+    count = draw(st.integers(1, 7))
+    steps = []
+    for k in range(count):
+        before = ["", *(f"v{i}" for i in range(k))]
+        last = before[-1]  # so that every value is read
+        more = draw(st.lists(st.sampled_from(before), max_size=1))
+        steps.append(Step(f"v{k}", tuple(dict.fromkeys([last, *more])), draw(st.integers(0, 2))))
+    chosen = draw(st.lists(st.sampled_from(range(count)), min_size=1, max_size=4, unique=True))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    tables = []
+    for k in sorted(chosen):
+        levels = np.sort(generator.choice(np.arange(1, 9), draw(st.integers(1, 3)), replace=False))[::-1]
+        labels = tuple(list(reversed(names()))[: len(levels)])
+        loss = np.sort(generator.random(len(levels)))[None, :]
+        cost = {"drelus": np.zeros(len(levels)), "ckks_levels": levels.astype(np.float64)}
+        tables.append(Table(f"v{k}", labels, loss, cost))
+    return Problem(tuple(tables), Cost(), Cost(ckks_levels=100), {}, tuple(steps))
+
+
+@settings(max_examples=60)
+@given(problems(), st.floats(0, 1))
+def test_the_choice_along_a_graph_is_the_best_of_all(problem, share):
+    every = [
+        price(problem, {t.site: np.array([k]) for t, k in zip(problem.tables, ks, strict=True)})
+        for ks in itertools.product(*(range(len(t.labels)) for t in problem.tables))
+    ]
+    least, most = (pick(e.cost.ckks_levels for e in every) for pick in (min, max))
+    assert cheapest(problem, "ckks_levels") == least
+    limit = int(least + share * (most - least))
+    budget = Budget.parse(f"ckks_levels<={limit}")
+    best = select(problem, budget)
+    assert best.cost.ckks_levels <= limit
+    assert best.loss == best.bound
+    assert best.loss == pytest.approx(min(e.loss for e in every if e.cost.ckks_levels <= limit))
+    for name, picked in controls(problem, budget).items():
+        assert price(problem, picked).cost.ckks_levels <= limit, name
+        assert price(problem, picked).loss >= best.loss - 1e-12, name
+    if least >= 1:
+        with pytest.raises(BudgetError, match="no choice meets"):
+            select(problem, Budget.parse(f"ckks_levels<={least - 1}"))
+
+
+def test_levels_planned_are_the_levels_of_the_circuit(trained):
+    """Priced by ckks: merged layers, residual joins and all."""
+    net, data = trained
+    graph, method, runtime = trace(net, (1, 14, 14)), PafMethod(**FEW), CKKS()
+    problem = method.measure(graph, data, cost=runtime.pricing(), workdir=None, progress=lambda *_: None)
+    for limit in (16, 18):
+        _, plan = plan_for(method, net, data, "ckks_levels<=15")
+        chosen = select(problem, Budget.parse(f"ckks_levels<={limit}"))
+        rewritten = apply(net, replace(plan, choices=method.choices(problem, chosen.picked)))
+        program = ranges(lower(rewritten, (1, 14, 14)), [data.x[:8]])
+        assert runtime.exact(program).ckks_levels == chosen.cost.ckks_levels <= limit
+    with pytest.raises(BudgetError, match="ckks_levels<=16 or more"):
+        select(problem, Budget.parse("ckks_levels<=15"))
+
+
+def test_a_loss_is_the_change_of_the_outputs_with_one_site_replaced(trained):
+    net, data = trained
+    method = PafMethod(**FEW)
+    problem, plan = plan_for(method, net, data, "ckks_levels<=15")
+    table = problem.tables[2]
+    picked = {t.site: np.array([0]) for t in problem.tables}
+    choice = method.choices(problem, picked)[table.site]
+    alone = apply(net, replace(plan, choices={table.site: choice}))
+    x = data.x[:16]
+    with torch.no_grad():
+        expected = (alone(x) - net(x)).square().mean(1).mean()
+    assert table.loss[0, 0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_histograms_count_every_input_of_every_site():
+    net, data = settle(TinyResNet()), images((3, 8, 8))
+    graph = trace(net, (3, 8, 8))
+    seen: dict[str, list[np.ndarray]] = {s.name: [] for s in graph.sites}
+    for s in graph.sites:
+        graph.module.get_submodule(s.name).register_forward_pre_hook(
+            lambda m, args, name=s.name: seen[name].append(args[0].numpy().copy())
+        )
+    found = histograms(graph, graph.sites, (x for x, _ in data.batches("train", 4)))
+    for s in graph.sites:
+        values = np.concatenate([v.reshape(-1) for v in seen[s.name]])
+        histogram, largest = found[s.name]
+        assert largest == np.abs(values).max() <= histogram.limit
+        expected, _ = np.histogram(values, len(histogram.counts), (-histogram.limit, histogram.limit))
+        assert histogram.counts.sum() == values.size
+        assert np.abs(np.cumsum(histogram.counts - expected)).max() <= 2  # floats at the edge of a bin
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_kind_of_activation_is_fitted_better_by_higher_degrees(kind):
+    histogram = Histogram.of(np.random.default_rng(0).standard_normal(20_000) * 2)
+    rmse = [fit(kind, f"degree {n}", histogram, 8.0).rmse for n in (2, 3, 5, 7)]
+    assert all(b <= 1.01 * a for a, b in itertools.pairwise(rmse))  # a hundredth counts beyond the inputs
+    assert rmse[-1] < 0.12
+
+
+def test_activations_that_no_composite_makes_are_fitted_directly():
+    class Act(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Chain(
+                conv(3, 4), nn.SiLU(), conv(4, 4), nn.Hardswish(), conv(4, 4), nn.ReLU6(),
+                conv(4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+            )  # fmt: skip
+
+        def forward(self, x):
+            return self.net(x)
+
+    net, data = settle(Act()), images((3, 8, 8))
+    method = PafMethod(samples=16, polynomials="degree 3;degree 7;f1 g2")
+    problem, plan = plan_for(method, net, data, "ckks_levels<=12")
+    offered = {t.site: t.labels for t in problem.tables}
+    assert [len(labels) for labels in offered.values()] == [2, 2, 2, 3]
+    assert plan.predicted.ckks_levels <= 12
+    assert "f1 g2" in method.controls(problem, Budget.parse("ckks_levels<=15"))
+    with pytest.raises(InputError, match="no polynomial can stand"):
+        plan_for(PafMethod(samples=16, polynomials="f1 g2"), net, data, "ckks_levels<=30")
+
+
+def test_a_max_pool_becomes_rounds_that_have_polynomials_of_their_own():
+    """Two rounds, each a level for the difference and those of its polynomial; the sums merge onwards."""
+    steps = (conv(3, 4), nn.ReLU(), nn.MaxPool2d(2), conv(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net, data = settle(Chain(*steps, nn.Linear(4, 5))), images((3, 8, 8))
+    graph, method, runtime = trace(net, (3, 8, 8)), PafMethod(**FEW), CKKS()
+    problem = method.measure(graph, data, cost=runtime.pricing(), workdir=None, progress=lambda *_: None)
+    assert [t.site.rsplit(".", 3)[-1] for t in problem.tables[1:]] == ["act", "act"]
+    _, plan = plan_for(method, net, data, "ckks_levels<=6")
+    chosen = select(problem, Budget.parse("ckks_levels<=12"))
+    rewritten = apply(net, replace(plan, choices=method.choices(problem, chosen.picked)))
+    program = ranges(lower(rewritten, (3, 8, 8)), [data.x])
+    assert "max_pool" not in {op.kind for op in program.ops}
+    assert runtime.exact(program).ckks_levels == chosen.cost.ckks_levels <= 12
+    with pytest.raises(BudgetError, match="ckks_levels<=11 or more"):  # 4 for layers, 2 rounds, 3 x 2
+        select(problem, Budget.parse("ckks_levels<=10"))
+    average, _ = plan_for(PafMethod(**FEW, max_pool="avg"), net, data, "ckks_levels<=3")
+    assert len(average.tables) == 1
+    padded = settle(Chain(conv(3, 4), nn.MaxPool2d(3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)))
+    with pytest.raises(InputError, match="needs inputs that are not negative"):
+        plan_for(method, padded, data, "ckks_levels<=30")
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"samples": 0}, "samples"),
+        ({"polynomials": "degree 9"}, "matches no polynomial"),
+        ({"margin": 0.0}, "margin"),
+        ({"seed": -1}, "seed"),
+        ({"max_pool": "min"}, "max_pool"),
+    ],
+)
+def test_bad_settings_are_refused(config, what):
+    with pytest.raises(InputError, match=what):
+        PafMethod(**config)
+
+
+def test_patterns_of_names():
+    assert matching("degree *;a7") == ("a7", "degree 7", "degree 5", "degree 3", "degree 2")
+    assert matching("*") == tuple(reversed(names()))
