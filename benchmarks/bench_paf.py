@@ -5,8 +5,8 @@
 
 On Fashion-MNIST with the bundle that `train_paf.py` leaves: its ReLU network and its measured problem. Every
 candidate has its batch-norm statistics estimated anew. `untuned`: coefficients and order of stages as
-SmartPAF has them; `tuned`: fitted to the histograms; `joint`: then trained, with the ReLU network as teacher. DS: a
-scale a batch, SS: the largest input of training images. All accuracies are on validation images.
+SmartPAF has them; `tuned`: fitted to the histograms; `joint`: then trained, with the ReLU network as teacher. DS:
+a scale a batch, SS: the largest input of training images. All accuracies are on validation images.
 """
 
 from __future__ import annotations
