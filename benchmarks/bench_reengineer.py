@@ -38,7 +38,7 @@ from tightrope.types import Budget
 
 Json = dict[str, Any]
 TASKS = ("3", "6", "8", "0,2,4,6", "5,7,9")
-PUBLISHED = {
+PUBLISHED = {  # alpha is 1 to 2 in the paper's 300 epochs; here there are a few hundred steps
     "mode": "reference", "granularity": "weight", "head": "relu_linear", "lr_head": 0.1, "lr_mask": 0.1,
     "alpha": 10.0,
 }  # fmt: skip
