@@ -180,9 +180,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--images", type=int, default=3200)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_reengineer"))
-    parser.add_argument(
-        "--finished", action="store_true", help="run nothing: rows of the runs that are there"
-    )
+    parser.add_argument("--finished", action="store_true", help="rows of the runs that are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load("fashion-mnist")
