@@ -24,6 +24,7 @@ from tightrope.methods.paf.sites import histograms
 from tightrope.methods.paf.tuning import Histogram
 from tightrope.rewrite import apply
 from tightrope.runtimes.ckks import CKKS
+from tightrope.runtimes.mpc import MPC
 from tightrope.runtimes.plain import ranges
 from tightrope.solve.select import cheapest, price, select
 from tightrope.types import Budget, Cost, Problem, Step, Table
@@ -89,6 +90,21 @@ def test_levels_planned_are_the_levels_of_the_circuit(trained):
         assert runtime.exact(program).ckks_levels == chosen.cost.ckks_levels <= limit
     with pytest.raises(BudgetError, match="ckks_levels<=16 or more"):
         select(problem, Budget.parse("ckks_levels<=15"))
+
+
+def test_under_mpc_bytes_are_priced_and_levels_are_not(trained):
+    net, data = trained
+    graph, method, pricing = trace(net, (1, 14, 14)), PafMethod(**FEW), MPC().pricing()
+    problem = method.measure(graph, data, cost=pricing, workdir=None, progress=lambda *_: None)
+    assert problem.path == () and problem.baseline.ckks_levels == 0
+    assert problem.baseline.online_bytes == sum(
+        c.online_bytes for c in pricing.prices(lower(net, (1, 14, 14))).values()
+    )
+    least = cheapest(problem, "offline_bytes")
+    chosen = select(problem, Budget.parse(f"offline_bytes<={1.1 * least}"))
+    assert least <= chosen.cost.offline_bytes <= 1.1 * least < problem.baseline.offline_bytes
+    with pytest.raises(BudgetError, match="no option is priced"):
+        select(problem, Budget.parse("ckks_levels<=20"))
 
 
 def test_a_loss_is_the_change_of_the_outputs_with_one_site_replaced(trained):
