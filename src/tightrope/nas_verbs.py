@@ -92,7 +92,8 @@ def binas(
     ] = None,
     solver: Annotated[str, typer.Option(help="pareto, milp, iqcp: exact; bcfw, evo: not.")] = "pareto",
     estimator: Annotated[
-        str, typer.Option(help="released, conditional, linear, bilinear, or auto: what ranks best.")
+        str,
+        typer.Option(help="released, conditional, regression, linear, bilinear, or auto: what ranks best."),
     ] = "auto",
     candidates: Annotated[int, typer.Option(help="Networks that are validated before one is taken.")] = 5,
     device: Annotated[str, typer.Option(help="cpu (torch), cuda, onnx or openvino.")] = "onnx",
