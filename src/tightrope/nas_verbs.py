@@ -88,7 +88,7 @@ def binas(
     out: arg.Out = Path("runs/binas"),
     work: Annotated[
         Path | None,
-        typer.Option(help="What serves every budget: supernet, table, accuracies. [default: runs/SPACE]"),
+        typer.Option(help="What serves every budget: supernet, table, accuracies. \\[default: runs/SPACE]"),
     ] = None,
     solver: Annotated[str, typer.Option(help="pareto, milp, iqcp: exact; bcfw, evo: not.")] = "pareto",
     estimator: Annotated[
@@ -101,7 +101,7 @@ def binas(
     batch: Annotated[int, typer.Option(help="Images that are timed together.")] = 1,
     clock: Annotated[str, typer.Option(help="wall, or cpu; as in measure.")] = "wall",
     lut: Annotated[
-        Path | None, typer.Option(help="A latency table of `measure`. [default: measured in --work]")
+        Path | None, typer.Option(help="A latency table of `measure`. \\[default: measured in --work]")
     ] = None,
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="--lut is of another machine, where the network will run.")
