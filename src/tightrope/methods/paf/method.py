@@ -237,6 +237,8 @@ def _priced(
     spent = cost.prices(program)
     ops = {s.name: program.op(s.name) for s in sites}
     prices = {name: [cost.price(_as(op, label)) for label in labels[name]] for name, op in ops.items()}
+    for name, costs in prices.items():  # among others it may cost less than alone: a square between two sums
+        costs[-1] = replace(costs[-1], ckks_levels=spent[name].ckks_levels)
     tables = []
     for name, costs in prices.items():
         priced = {m: np.array([getattr(c, m) for c in costs], np.float64) for m in (*ADDITIVE, *ALONG)}
