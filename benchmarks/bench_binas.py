@@ -92,6 +92,7 @@ def main() -> None:
     studied = nas.study(
         SPACE, data, METHOD, SHORT if REDUCED else USUAL, work, log=lambda entry: say(str(entry))
     )
+    assert studied is not None
     page = explain.render(SPACE, studied.contributions, studied.errors, studied.compared)
     (work / "explain.html").write_text(page)
     for c in studied.compared:

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from _rows import row, write
 from tightrope import data as datasets
 from tightrope import models
+from tightrope.choose import freeze
 from tightrope.data import Data
 from tightrope.evaluate import accuracy
 from tightrope.finetune import Recipe, finetune
 from tightrope.graph import trace
 from tightrope.lower import lower
+from tightrope.methods import Learned
 from tightrope.methods.seesaw import SeesawMethod
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.space import Aggregate, Architecture, Block, Space
@@ -33,6 +35,7 @@ from tightrope.program import base_cost
 from tightrope.runtimes.mpc import MPC
 from tightrope.types import Budget, Cost, total
 
+RUNS = 5  # of one image, for the median time
 TOLERANCE = 0.10  # of the multiplications and ReLUs of a wide residual network
 
 
@@ -176,6 +179,7 @@ def compare(size: Size, command: str) -> list[dict[str, object]]:
         )
         print(*(f"  {row}" for row in learned.shown[0].rows), sep="\n", flush=True)
         rows.append(_row(size, command, f"accuracy at {budget}", statistics.mean(mine), "", True))
+        rows += timed(size, learned, data, command, budget)
         for name, make in rivals.items():
             other = scores(make, data, teacher, size)
             cost = counts(make(0), data.input_shape)
@@ -186,6 +190,28 @@ def compare(size: Size, command: str) -> list[dict[str, object]]:
             bar = f"points above {name} at {budget} (bar: 0.5, or 2 standard errors)"
             rows.append(_row(size, command, bar, 100 * margin, "points", holds))
     return rows
+
+
+def timed(size: Size, learned: Learned, data: Data, command: str, budget: Budget) -> list[dict[str, object]]:
+    """One image at a time under mpc, on loopback: what its cost model says of it, and what it takes."""
+    graph = trace(models.resolve("demo"), data.input_shape)
+    model = size.method.rebuild(graph, learned.choices, learned.tensors)
+    program = freeze(size.method.finish(model, data.input_shape, MPC().pricing()), data)
+    predicted = MPC().pricing().estimate(program).total
+    x = next(data.batches("validation", 1))[0].numpy()
+    times, drelus = [], 0.0
+    with MPC().open(program, "execute") as session:
+        for _ in range(RUNS):
+            _, measured = session.run(x)
+            times.append(measured.total.online_ms)
+            drelus = measured.total.drelus
+    off = abs(statistics.median(times) / predicted.online_ms - 1)
+    what = f"online time predicted, off by, at {budget} (bar: 15 %)"
+    more = drelus - learned.predicted.drelus
+    return [
+        _row(size, command, what, 100 * off, "%", off <= 0.15),
+        _row(size, command, f"executed minus planned DReLUs at {budget}", more, "", more == 0),
+    ]
 
 
 def _variance(values: list[float]) -> float:

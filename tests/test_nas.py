@@ -160,6 +160,11 @@ def test_wrong_settings_are_refused(here, monkeypatch, capsys, options, says):
     refused(monkeypatch, capsys, *tried, says=says)
 
 
+def test_search_says_where_to_find_it(here, monkeypatch, capsys):
+    tried = ("search", "--method", "binas", "--budget", "macs<=50%", "--out", here / "none")
+    refused(monkeypatch, capsys, *tried, says="tightrope binas --space")
+
+
 def test_networks_are_not_drawn_twice(here):
     space = resolve(str(here / "small.toml"))
     generator = np.random.default_rng(0)

@@ -69,6 +69,16 @@ def test_it_learns_under_every_kind_of_scale_and_ends_with_a_static_one(scales):
     assert records[-1]["loss"] < records[0]["loss"]
 
 
+def test_in_training_alone_a_polynomial_sees_nothing_far_beyond_its_scale():
+    net = nn.Sequential(PolynomialActivation.relu([[0.0, 1.5, 0.0, -0.5]] * 4, scale=2.0))
+    x = torch.tensor([[-9e3, 9e3, 1.0]])
+    assert not net.eval()(x).isfinite().all()
+    start(net, "static")
+    assert not net.eval()(x).isfinite().all()
+    assert net.train()(x).isfinite().all()
+    torch.testing.assert_close(net(x)[:, 2], net.eval()(x)[:, 2])
+
+
 def test_coefficients_learn_at_their_own_rate_without_decay_and_gradients_are_clipped():
     recipe = Recipe(lr=0.1, coefficients=0.0, clip=1e-3, momentum=0.0, ema=0.0, weight_decay=0.0)
     fabric = start_fabric(1, 1, "cpu", "32-true")

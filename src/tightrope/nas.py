@@ -33,6 +33,7 @@ from tightrope.methods.binas.oneshot import OneShot
 from tightrope.methods.binas.space import Space
 from tightrope.methods.binas.supernet import Supernet
 from tightrope.program import base_cost
+from tightrope.shard import launch
 from tightrope.solve.staged import Answer, Choice
 from tightrope.types import Budget, Cost, Json
 
@@ -108,14 +109,25 @@ def study(
     *,
     log: Log | None = None,
     progress: Progress = lambda *_: None,
-) -> Studied:
+) -> Studied | None:
     """Train the supernet and measure networks with its weights on validation images; each part is kept under
     `work`, and an interrupted call goes on there.
+
+    With several devices or nodes in the recipes of `training` every process makes this call; all train, then
+    the first alone measures, and the others return None.
 
     Contributions and fitted networks see the same number of images: `passes` times the validation split, the
     latter as ten times as many networks on a tenth of it.
     """
+    recipe = training.elastic
+    shard = (
+        launch(recipe.devices, recipe.nodes, recipe.accelerator)
+        if recipe.devices * recipe.nodes > 1
+        else None
+    )
     supernet = oneshot.train(space, data, training, folder=work / "oneshot", log=log)
+    if shard is not None and not shard.first:
+        return None
     whole = data.size("validation")
     some = max(1, whole // 10)
     means, errors = contributions(
@@ -148,9 +160,10 @@ def find(
     overwrite: bool = False,
     log: Log | None = None,
     progress: Progress = lambda *_: None,
-) -> Found:
+) -> Found | None:
     """The best network of `space` within `budget`, with inherited weights, as a bundle at `out`; its teacher
     is the largest network. What does not depend on the budget is kept under `work` for the next one.
+    None in all but the first of several processes that train together.
 
     Raises a TightropeError before any training when the budget, the data or the latency table cannot be used.
     """
@@ -167,6 +180,8 @@ def find(
     priced = {} if table is None else {METRIC: table.priced(space)}
     check(space, method, resolved, priced)
     studied = study(space, images, method, training, work, log=log, progress=progress)
+    if studied is None:
+        return None
     staged = problem(space, pick(method, studied.compared), resolved, priced=priced)
     answers = candidates(method, staged)
     choices = [answer.choice for answer in answers]
@@ -256,7 +271,7 @@ def _network(space: Space, choice: Choice) -> Shown:
 def _tried(answers: list[Answer], scored: Accuracies) -> Shown:
     rows = [
         (
-            ", ".join(f"{v:,.5g} {m}" for m, v in a.cost.items()),
+            ", ".join(f"{v:,.{0 if v >= 1000 else 4}f} {m}" for m, v in a.cost.items()),
             f"{a.gain:.2f} %",
             f"{mean:.2%} ± {error:.2%}",
         )

@@ -108,10 +108,10 @@ def binas(
     heaviest_epochs: Annotated[float | None, typer.Option(help="Of the largest network alone.")] = None,
     elastic_epochs: Annotated[float | None, typer.Option(help="Of all networks together.")] = None,
     norms: Annotated[str, typer.Option(help="Batch-norm of the supernet: path, or shared.")] = "path",
-    passes: Annotated[int, typer.Option(help="Over the validation images, for every contribution.")] = 20,
+    passes: Annotated[int, typer.Option(help="Over the validation images, for every contribution.")] = 60,
     held_out: Annotated[int, typer.Option(help="Networks that estimators are judged on.")] = 100,
     epochs: Annotated[float, typer.Option(help="Of fine-tuning what is found; 0 for none.")] = 3.0,
-    devices: arg.Devices = 1,
+    devices: Annotated[int, typer.Option(help="Processes (or GPUs) per machine, for one-shot training.")] = 1,
     nodes: arg.Nodes = 1,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
@@ -119,7 +119,7 @@ def binas(
     test: Annotated[bool, typer.Option("--test", help="Then read the test split, once.")] = False,
     overwrite: arg.Overwrite = False,
     as_json: arg.AsJson = False,
-) -> Json:
+) -> Json | None:
     """Find the best network of a search space within a limit: measure, train, estimate, solve, fine-tune."""
     from tightrope import nas, pipeline
     from tightrope.bundle import write_json
@@ -147,7 +147,10 @@ def binas(
     )
     if elsewhere and lut is None:
         raise InputError("--elsewhere is about a table that is given", fix="--lut FILE")
-    tuning = Recipe(epochs=epochs, **on) if epochs else None
+    if nodes > 1 and lut is None and "online_ms" in budget:
+        raise InputError("machines that train together cannot all measure into one table", fix="--lut FILE")
+    alone = on | {"devices": 1, "nodes": 1}
+    tuning = Recipe(epochs=epochs, **alone) if epochs else None
     target = nas.Target(
         device=device, threads=threads, batch=batch, clock=clock, table=lut, elsewhere=elsewhere
     )
@@ -162,6 +165,8 @@ def binas(
             target=target, training=training, work=place, out=out, overwrite=overwrite, log=show,
             progress=progress,
         )  # fmt: skip
+    if result is None:  # not the first of several processes
+        return None
     studied = result.studied
     page = explain.render(found, studied.contributions, studied.errors, studied.compared).encode()
     atomic_write(place / "explain.html", lambda f: f.write(page))

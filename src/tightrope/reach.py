@@ -12,6 +12,7 @@ from tightrope.evaluate import evaluating
 from tightrope.nn import PolynomialActivation
 
 MOMENTUM = 0.01  # of a scale that follows the largest input
+BOUND = 1.2  # scales that a polynomial sees in training: tuned ones stay bounded up to there
 
 
 def activations(model: nn.Module) -> dict[str, PolynomialActivation]:
@@ -19,9 +20,10 @@ def activations(model: nn.Module) -> dict[str, PolynomialActivation]:
 
 
 def start(model: nn.Module, scales: Literal["static", "ema", "dynamic"]) -> None:
-    """Let the scales of a network in training stay, follow its inputs, or be those of each batch."""
+    """Let the scales of a network in training stay, follow its inputs, or be those of each batch; and bound
+    what its polynomials see."""
     for m in activations(model).values():
-        m.dynamic, m.momentum = scales == "dynamic", MOMENTUM if scales == "ema" else 0.0
+        m.dynamic, m.momentum, m.bound = scales == "dynamic", MOMENTUM if scales == "ema" else 0.0, BOUND
 
 
 def freeze(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

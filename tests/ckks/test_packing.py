@@ -21,8 +21,9 @@ from tightrope.lower import lower
 from tightrope.nn import PolynomialActivation
 from tightrope.program import Program
 from tightrope.runtimes.ckks import CKKS
-from tightrope.runtimes.ckks.compiler import OPS, compile_program
+from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.diagonals import steps
+from tightrope.runtimes.ckks.planning import OPS
 from tightrope.runtimes.plain import evaluate, ranges
 
 QUADRATIC = [[0.1, 0.5, 0.25]]
@@ -122,6 +123,32 @@ def test_a_residual_block_costs_one_level_per_layer(wide: bool) -> None:
     assert circuit.levels == 1 + 1 + 1 + 2  # the first quadratic is a square, the output cannot be
     assert compile_program(program, ToyCKKS().parameters, squares=False).levels == 1 + 2 + 1 + 2
     assert simulated_gap(program, x, 11) < 1e-12
+
+
+class Squeeze(nn.Module):
+    """Squeeze-and-excitation with a polynomial gate, then a product of two maps, read or as the output."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.stem, self.reduce, self.expand = nn.Conv2d(2, 6, 3, 1, 1), nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1)
+        self.act, self.gate = (PolynomialActivation(QUADRATIC, gated=False) for _ in range(2))
+        self.project = nn.Identity() if last else nn.Conv2d(6, 4, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x * self.gate(self.expand(self.act(self.reduce(x.mean((2, 3), True)))))
+        return self.project(x * x)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("ring", [7, 11])
+def test_products_of_values_are_differences_of_squares(last: bool, ring: int) -> None:
+    program, x = calibrated(Squeeze(last), (2, 6, 6))
+    assert simulated_gap(program, x, ring) < 1e-11
+    circuit = compile_program(program, ToyCKKS(ring=ring).parameters)
+    assert circuit.digest() == compile_program(program.public(), ToyCKKS(ring=ring).parameters).digest()
+    gate = 1 + 1 + 1 + 2  # the stem; a square; the second quadratic is read as it is, so no square
+    assert circuit.levels == gate + 2 + 2 + 1
 
 
 def test_a_strided_convolution_takes_as_few_diagonals_as_a_plain_one() -> None:

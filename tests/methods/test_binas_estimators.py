@@ -41,8 +41,8 @@ def test_a_formula_predicts_what_the_solver_maximises(pair):
 
 def test_the_leave_one_out_error_is_that_of_leaving_one_out():
     """By the primal normal equations, a row left out each time."""
-    choices = networks(25, 2)
-    y = truth().predict(SPACE, choices) + np.random.default_rng(3).normal(0, 0.5, 25)
+    choices = networks(12, 2)
+    y = truth().predict(SPACE, choices) + np.random.default_rng(3).normal(0, 0.5, 12)
     x = np.hstack(encode(SPACE, choices))
 
     def refitted(ridge: float) -> float:
@@ -72,7 +72,7 @@ def test_each_ranks_networks_that_it_has_not_seen(fit):
 
 def test_products_help_where_there_are_any():
     gain = truth(pair=0.3)
-    seen, unseen = networks(700, 6), networks(150, 7)
+    seen, unseen = networks(400, 6), networks(120, 7)
     y, wanted = gain.predict(SPACE, seen), gain.predict(SPACE, unseen)
     errors = {
         fit.__name__: agreement(fit(SPACE, seen, y).predict(unseen), wanted).mse

@@ -37,7 +37,8 @@ class PolynomialActivation(nn.Module):
     `stages`: the coefficients of p_1 (applied first) to p_k in ascending order, (degree + 1,) or per channel
     (C, degree + 1), as parameters. ReLU is gated, with (1 + sign) / 2 as p: `relu` makes it. With `dynamic`
     the scale is the largest magnitude of the batch; `freeze` sets a static one, which lowering folds into the
-    first stage. With a `momentum` the scale follows, in training, the largest magnitude of the batches.
+    first stage. In training only: with a `momentum` the scale follows the largest magnitude of the batches,
+    and with a `bound` p sees no input beyond that many scales, so that a bad step does not overflow.
 
     Input and output (N, C, H, W) or (N, C). Raises InputError for coefficients of another shape and a scale
     that is not positive.
@@ -64,6 +65,7 @@ class PolynomialActivation(nn.Module):
         self.gated = gated
         self.dynamic = dynamic
         self.momentum = 0.0
+        self.bound = 0.0
         self.register_buffer("scale", torch.ones(()))
         self.freeze(scale)
         self.dynamic = dynamic
@@ -98,7 +100,10 @@ class PolynomialActivation(nn.Module):
             else:
                 self.scale.lerp_(largest.to(self.scale.dtype), self.momentum)
                 scale = self.scale.clone()  # the next batch changes it before gradients are asked for
-        y = composite(list(self.stages), x / scale)[-1]
+        u = x / scale
+        if self.training and self.bound:
+            u = u.clamp(-self.bound, self.bound)
+        y = composite(list(self.stages), u)[-1]
         return x * y if self.gated else y
 
     def extra_repr(self) -> str:

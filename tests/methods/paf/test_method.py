@@ -24,6 +24,7 @@ from tightrope.methods.paf.sites import histograms
 from tightrope.methods.paf.tuning import Histogram
 from tightrope.rewrite import apply
 from tightrope.runtimes.ckks import CKKS
+from tightrope.runtimes.mpc import MPC
 from tightrope.runtimes.plain import ranges
 from tightrope.solve.select import cheapest, price, select
 from tightrope.types import Budget, Cost, Problem, Step, Table
@@ -81,14 +82,29 @@ def test_levels_planned_are_the_levels_of_the_circuit(trained):
     net, data = trained
     graph, method, runtime = trace(net, (1, 14, 14)), PafMethod(**FEW), CKKS()
     problem = method.measure(graph, data, cost=runtime.pricing(), workdir=None, progress=lambda *_: None)
-    _, plan = plan_for(method, net, data, "ckks_levels<=15")
-    for limit in (11, 13, 16, 18):
+    for limit in (12, 16, 18):
+        _, plan = plan_for(method, net, data, "ckks_levels<=15")
         chosen = select(problem, Budget.parse(f"ckks_levels<={limit}"))
         rewritten = apply(net, replace(plan, choices=method.choices(problem, chosen.picked)))
         program = ranges(lower(rewritten, (1, 14, 14)), [data.x[:8]])
         assert runtime.exact(program).ckks_levels == chosen.cost.ckks_levels <= limit
-    with pytest.raises(BudgetError, match="ckks_levels<=11 or more"):  # 6 for layers, 5 squares
+    with pytest.raises(BudgetError, match="ckks_levels<=11 or more"):
         select(problem, Budget.parse("ckks_levels<=10"))
+
+
+def test_under_mpc_bytes_are_priced_and_levels_are_not(trained):
+    net, data = trained
+    graph, method, pricing = trace(net, (1, 14, 14)), PafMethod(**FEW), MPC().pricing()
+    problem = method.measure(graph, data, cost=pricing, workdir=None, progress=lambda *_: None)
+    assert problem.path == () and problem.baseline.ckks_levels == 0
+    assert problem.baseline.online_bytes == sum(
+        c.online_bytes for c in pricing.prices(lower(net, (1, 14, 14))).values()
+    )
+    least = cheapest(problem, "offline_bytes")
+    chosen = select(problem, Budget.parse(f"offline_bytes<={1.1 * least}"))
+    assert least <= chosen.cost.offline_bytes <= 1.1 * least < problem.baseline.offline_bytes
+    with pytest.raises(BudgetError, match="no option is priced"):
+        select(problem, Budget.parse("ckks_levels<=20"))
 
 
 def test_a_loss_is_the_change_of_the_outputs_with_one_site_replaced(trained):
@@ -162,12 +178,12 @@ def test_a_max_pool_becomes_rounds_that_have_polynomials_of_their_own():
     problem = method.measure(graph, data, cost=runtime.pricing(), workdir=None, progress=lambda *_: None)
     assert [t.site.rsplit(".", 3)[-1] for t in problem.tables[1:]] == ["act", "act"]
     _, plan = plan_for(method, net, data, "ckks_levels<=6")
-    chosen = select(problem, Budget.parse("ckks_levels<=12"))
+    chosen = select(problem, Budget.parse("ckks_levels<=9"))
     rewritten = apply(net, replace(plan, choices=method.choices(problem, chosen.picked)))
     program = ranges(lower(rewritten, (3, 8, 8)), [data.x])
     assert "max_pool" not in {op.kind for op in program.ops}
-    assert runtime.exact(program).ckks_levels == chosen.cost.ckks_levels <= 12
-    with pytest.raises(BudgetError, match="ckks_levels<=8 or more"):  # 3 for layers, 2 rounds, 3 squares
+    assert runtime.exact(program).ckks_levels == chosen.cost.ckks_levels <= 9
+    with pytest.raises(BudgetError, match="ckks_levels<=8 or more"):  # 3 layers, 2 rounds, 3 squares
         select(problem, Budget.parse("ckks_levels<=7"))
     average, _ = plan_for(PafMethod(**FEW, max_pool="avg"), net, data, "ckks_levels<=3")
     assert len(average.tables) == 1

@@ -9,9 +9,12 @@ import pytest
 
 from methods.seesaw.published import COUNTS, LONG, MAPS, SHORT, entries
 from tightrope.errors import BundleError, InputError
+from tightrope.lower import lower
 from tightrope.methods.seesaw import relu_map
+from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.operators import ALL, LOW_MEMORY, parse_operators
 from tightrope.methods.seesaw.space import PRESETS, Architecture, Space, resolve
+from tightrope.program import base_cost
 
 
 def test_the_lists_of_operators_have_their_published_lengths():
@@ -156,3 +159,14 @@ def test_architectures_come_back_from_json_or_are_refused():
     ):
         with pytest.raises(BundleError, match="no network of its space"):
             Architecture.from_json(body | {key: value}, space)
+
+
+@pytest.mark.parametrize("name", ["cifarsupermodel16", "cifarsupermodel50", "supermodel16"])
+def test_real_networks_have_the_published_counts(name):
+    """Counted from the lowered network: ReLUs as published, and three comparisons a pooled value."""
+    space = PRESETS[name]
+    network = space.network(["skip"], relu=True)
+    program = lower(assemble(space, network), space.input_shape)
+    relus = sum(base_cost(op).drelus for op in program.ops if op.kind == "relu")
+    assert relus == space.maximum == COUNTS[name][3]
+    assert sum(base_cost(op).drelus for op in program.ops) == relus + 3 * space.floor == space.drelus(network)

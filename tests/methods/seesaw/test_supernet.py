@@ -151,6 +151,21 @@ def test_the_published_rates():
     assert 0.529 * per_relu * 36_864 / rates.per_mac_ms == pytest.approx(1.26e9, rel=0.01)
 
 
+def test_a_convolution_as_a_pool_counts_against_the_multiplications():
+    """4,096 of them; whatever the gates prefer."""
+    net = a_net()
+    (conv,) = [k for k, option in enumerate(net.choices["aggregate1"].options) if option == ("conv", False)]
+    with torch.no_grad():
+        net.choices["aggregate1"].logits[conv] = 50.0
+    for mixture in net.mixtures:
+        mixture.alive = mixture.picked = [2]  # conv_1
+    macs = PRICES.fixed.macs + sum(PRICES.block(stage, ["conv_1"]).macs for stage in SPACE.stages())
+    for more, pool in ((4096, "conv"), (4095, "avg")):
+        wanted = Wanted("drelus", 10, macs + more, float("inf"))
+        options = project(net, PRICES, wanted, Judge(net, batches()), rounds=0)
+        assert net.architecture(options).aggregates[0].pool == pool
+
+
 def test_a_runtime_without_times_is_balanced_by_the_published_rates():
     network = SPACE.network(["conv_3"], relu=True, pool="avg")
     clear = Prices(SPACE, Plain(), Plain())

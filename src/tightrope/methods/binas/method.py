@@ -35,7 +35,7 @@ class BinasMethod:
     solver: str = "pareto"
     estimator: str = AUTO
     candidates: int = 5
-    passes: int = 20
+    passes: int = 60
     held_out: int = 100
     seed: int = 0
 

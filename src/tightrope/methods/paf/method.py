@@ -103,7 +103,8 @@ class PafMethod:
         """Predicted loss and cost of every polynomial of every site.
 
         The loss is the mean squared change of the network's outputs with that site alone replaced.
-        `feasible` is called with all losses 0 before anything is measured. Raises TraceError when the network
+        `feasible` is called with all losses 0 once coefficients are known, which exact costs depend on.
+        Raises TraceError when the network
         cannot be priced, InputError for sites and polynomials that do not exist.
         """
         names = matching(self.polynomials)
@@ -119,8 +120,7 @@ class PafMethod:
                     got=f"{site.kind}, {self.polynomials}",
                     fix="--set polynomials='degree *'",
                 )
-        unmeasured = replace(_priced(graph, sites, labels, cost, self.rewrite), meta={"prepared": prepared})
-        feasible(unmeasured)
+        unmeasured = _priced(graph, sites, labels, cost, self.rewrite)
         seen = histograms(graph, sites, self._images(data, SINGLE))
         progress("histograms", 1, 1)
         fits: dict[str, dict[str, Fitted]] = {}
@@ -129,6 +129,16 @@ class PafMethod:
             scale = self.margin * largest
             fits[site.name] = {name: fit(site.kind, name, histogram, scale) for name in labels[site.name]}
             progress("coefficients", k + 1, len(sites))
+        meta = {
+            "method": self.name,
+            "config": asdict(self),
+            "prepared": prepared,
+            "sites": {s.name: list(s.shape) for s in sites},
+            "kinds": {s.name: s.kind for s in sites},
+            "fits": {s: {name: f.to_json() for name, f in found.items()} for s, found in fits.items()},
+        }
+        unmeasured = replace(unmeasured, meta=meta)
+        feasible(unmeasured)
         choices = {s: [f.choice(name) for name, f in found.items()] for s, found in fits.items()}
         graph.module.to(shard.device)
         sums, images = distortions(
@@ -140,16 +150,8 @@ class PafMethod:
         )
         (count,) = shard.total(torch.tensor([float(images)])).tolist()
         losses = {s: shard.total(torch.tensor(v)).numpy() / count for s, v in sums.items()}
-        meta = {
-            "method": self.name,
-            "config": asdict(self),
-            "prepared": prepared,
-            "sites": {s.name: list(s.shape) for s in sites},
-            "kinds": {s.name: s.kind for s in sites},
-            "fits": {s: {name: f.to_json() for name, f in found.items()} for s, found in fits.items()},
-        }
         tables = tuple(replace(t, loss=losses[t.site][None, :]) for t in unmeasured.tables)
-        return replace(unmeasured, tables=tables, meta=meta)
+        return replace(unmeasured, tables=tables)
 
     def _images(self, data: Data, shard: Shard) -> Iterator[Tensor]:
         batches = data.batches(
@@ -237,7 +239,7 @@ def _priced(
     spent = cost.prices(program)
     ops = {s.name: program.op(s.name) for s in sites}
     prices = {name: [cost.price(_as(op, label)) for label in labels[name]] for name, op in ops.items()}
-    for name, costs in prices.items():  # among others it may cost less than alone: a square between two sums
+    for name, costs in prices.items():  # a quadratic between layers may take fewer levels than alone
         costs[-1] = replace(costs[-1], ckks_levels=spent[name].ckks_levels)
     tables = []
     for name, costs in prices.items():
@@ -259,7 +261,10 @@ def _priced(
     except TraceError:
         fixed = total(spent.values()) + total(costs[-1] for costs in prices.values()).scaled(-1)
         baseline = fixed + total(costs[0] for costs in prices.values())
-    problem = Problem(tuple(tables), replace(fixed, ckks_levels=0), baseline, {}, steps)
+    fixed, baseline = (replace(c, ckks_levels=0) for c in (fixed, baseline))
+    if not all("ckks_levels" in table.cost for table in tables):
+        return Problem(tuple(tables), fixed, baseline)
+    problem = Problem(tuple(tables), fixed, baseline, {}, steps)
     deepest = levels(problem, dict.fromkeys(ops, 0))
     return replace(problem, baseline=replace(baseline, ckks_levels=deepest))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -24,10 +26,12 @@ from tightrope.methods.reengineer.controls import controls, donor_accuracy
 from tightrope.methods.reengineer.counting import layers, positions, weights
 from tightrope.methods.reengineer.heads import HEADS, Headed, HeadKind, attach
 from tightrope.methods.reengineer.projection import METRICS, fits
+from tightrope.methods.reengineer.resume import Journal
 from tightrope.methods.reengineer.search import Clock, Search, Settings, State
 from tightrope.methods.reengineer.selection import front
 from tightrope.nn.group_max import GroupMax
 from tightrope.nn.masked import CHANNELS, GRANULARITIES, Bits, Channels, Granularity, Masked
+from tightrope.place import model_sha256
 from tightrope.program import base_cost
 from tightrope.shard import Shard
 from tightrope.types import Budget, Cost, Json, total
@@ -110,6 +114,8 @@ class ReengineerMethod:
             )
         start = self.searches(graph, len(data.classes), groups, data, progress)
         search = start()
+        if workdir is not None:
+            search.journal = Journal.at(workdir, self._key(graph, data, task, budget))
         masked, head = search.masked, search.head
         baseline = self._baseline(graph, budget, cost)
         own = {"weights": sum(p.numel() for p in head.parameters()), "macs": head.weight.numel()}
@@ -140,7 +146,7 @@ class ReengineerMethod:
             raise _missed(f"accuracy {state.accuracy:.4f}", wanted, points)
         program = lower(plain(state), graph.input_shape)
         spent = total(base_cost(op) for op in program.ops)
-        if spent.macs > budget.resolve(baseline).get("macs", math.inf):  # of a layer without any channel one stays
+        if spent.macs > budget.resolve(baseline).get("macs", math.inf):  # one channel a layer always stays
             raise _missed(f"{spent.macs:,.0f} macs, as small as masks can make it", str(budget), points)
         others = dict(donor)
         if self.controls:
@@ -214,6 +220,13 @@ class ReengineerMethod:
             return Search(masked, headed, data, settings, progress, teacher)
 
         return start
+
+    def _key(self, graph: Graph, data: Data, task: Task | None, budget: Budget) -> str:
+        """What makes a search this one."""
+        asked = [asdict(self), model_sha256(graph.module), data.name, list(data.classes), str(budget)]
+        sizes = [data.size(split) for split in ("train", "validation")]
+        sampled = None if task is None else task.to_json()
+        return hashlib.sha256(json.dumps([asked, sizes, sampled]).encode()).hexdigest()
 
     def _masked(self, headed: Headed, input_shape: tuple[int, ...], *known: Channels) -> Masked:
         model = headed.model.requires_grad_(False)

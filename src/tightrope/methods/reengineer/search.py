@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from tightrope.errors import InputError
 from tightrope.methods import Progress
 from tightrope.methods.reengineer.heads import Headed
 from tightrope.methods.reengineer.projection import fits, found, project
+from tightrope.methods.reengineer.resume import Journal
 from tightrope.methods.reengineer.selection import Best, Fewest
 from tightrope.nn.masked import CHANNELS, Bits, Masked
 
@@ -44,6 +46,7 @@ class Settings:
 class State:
     """An epoch's result: masks and the head's weights, copies both."""
 
+    epoch: int
     bits: Bits
     head: dict[str, Tensor]
     accuracy: float
@@ -70,6 +73,7 @@ class Search:
     settings: Settings
     progress: Progress
     teacher: Teacher | None = None
+    journal: Journal | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -80,14 +84,22 @@ class Search:
 
     def reference(self, alpha: float, floor: float, patience: int | None) -> State:
         """SeaM: cross-entropy plus `alpha` times the share kept; the fewest weights at `floor` accuracy."""
-        rule: Fewest[State] = Fewest(floor, patience)
-        for epoch in range(self.settings.epochs):
-            self._epoch(epoch, self.share(alpha))
-            state = self._judge(epoch)
-            if not rule.offer(state.accuracy, state.weights / self.masked.total, lambda s=state: s):  # type: ignore[misc]
-                break
+        rule: Fewest[int] = Fewest(floor, patience)
+        head, masks = self.adam()
+
+        def train(epoch: int) -> None:
+            """The head; in four epochs of five, or without a head to train, the masks too."""
+            joint = epoch % CYCLE > 0 or not self.headed.trained
+            optimizers = ([head] if head is not None else []) + ([masks] if joint else [])
+            self.run(epoch, optimizers, None if joint else self.masked.snapshot(), self.share(alpha))
+
+        def offer(epoch: int, entry: Mapping[str, float]) -> bool:
+            share = entry["weights"] / self.masked.total
+            return rule.offer(entry["accuracy"], share, lambda: epoch)
+
+        states = self._follow([o for o in (head, masks) if o is not None], train, offer, rule)
         assert rule.result is not None
-        return rule.result
+        return states[rule.result]
 
     def dual(self, limits: Mapping[str, float], clock: Clock | None = None) -> tuple[State, bool]:
         """The most accurate epoch within the limits, and whether there is one; if not, the last epoch.
@@ -106,41 +118,117 @@ class Search:
         steps = per_epoch * self.settings.epochs
         optimizers = [o for o in self.adam() if o is not None]
         rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-        rule: Best[State] = Best()
+        rule: Best[int] = Best()
         done = 0
         now = dict(limits)
         if clock is not None:
             now["macs"] = min(now.get("macs", math.inf), whole["macs"] * clock.limit / clock.whole)
 
+        def decay() -> None:
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done / steps)) / 2
+
         def after() -> None:
             nonlocal done
             done += 1
-            for optimizer, rate in zip(optimizers, rates, strict=True):
-                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done / steps)) / 2
+            decay()
             if done % EVERY == 0 or done % per_epoch == 0:
                 tightened = min(1.0, done / (TIGHTENED * steps))
                 project(self.masked, {m: whole[m] * (v / whole[m]) ** tightened for m, v in now.items()})
 
-        for epoch in range(self.settings.epochs):
+        def train(epoch: int) -> None:
+            nonlocal done
+            done = epoch * per_epoch
+            decay()
             self.run(epoch, optimizers, None, None, after)
-            state = self._judge(epoch)
+
+        def judge(state: State) -> bool:
             feasible = fits(self.masked, state.bits, limits)
-            if clock is not None:
-                ms = clock.measure(state)
-                feasible = feasible and ms <= clock.limit
-                corrected = SLACK * state.macs * clock.limit / ms
-                held = done >= TIGHTENED * steps  # from here on the limit does not grow again
-                now["macs"] = min(corrected, limits.get("macs", math.inf), now["macs"] if held else math.inf)
-            rule.offer(state.accuracy, feasible, lambda s=state: s)  # type: ignore[misc]
-        return (state, False) if rule.best is None else (rule.best, True)
+            if clock is None:
+                return feasible
+            ms = clock.measure(state)
+            corrected = SLACK * state.macs * clock.limit / ms
+            held = done >= TIGHTENED * steps  # from here on the limit does not grow again
+            now["macs"] = min(corrected, limits.get("macs", math.inf), now["macs"] if held else math.inf)
+            return feasible and ms <= clock.limit
+
+        def offer(epoch: int, entry: Mapping[str, float]) -> bool:
+            rule.offer(entry["accuracy"], bool(entry["fits"]), lambda: epoch)
+            return True
+
+        states = self._follow(optimizers, train, offer, rule, judge, now)
+        return (states[max(states)], False) if rule.best is None else (states[rule.best], True)
+
+    def _follow(
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        train: Callable[[int], None],
+        offer: Callable[[int, Mapping[str, float]], bool],
+        rule: Fewest[int] | Best[int],
+        judge: Callable[[State], bool] = lambda _: True,
+        now: dict[str, float] | None = None,
+    ) -> dict[int, State]:
+        """Epoch after epoch until the rule says no (`offer`), from where the journal ends.
+
+        Returns the states that the rule keeps, and the last one. `now`: limits that move.
+        """
+        states = self._resume(optimizers, now)
+        goes_on = all(offer(epoch, entry) for epoch, entry in enumerate(self.history))
+        for epoch in range(len(self.history), self.settings.epochs if goes_on else 0):
+            train(epoch)
+            states[epoch] = self._judge(epoch, judge)
+            goes_on = offer(epoch, self.history[-1])
+            states = {k: s for k, s in states.items() if k in (*rule.kept, epoch)}
+            self._write(optimizers, states, now)
+            if not goes_on:
+                break
+        return states
+
+    def _write(
+        self, optimizers: list[torch.optim.Optimizer], states: Mapping[int, State], now: object
+    ) -> None:
+        if self.journal is None:
+            return
+        tensors = {f"score.{name}": score for name, score in self.masked.scores.items()}
+        tensors |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        for k, state in states.items():
+            tensors |= {f"state.{k}.bits.{name}": bits for name, bits in state.bits.items()}
+            tensors |= {f"state.{k}.head.{name}": value for name, value in state.head.items()}
+        self.journal.write(tensors, optimizers, {"history": self.history, "now": now})
+
+    def _resume(
+        self, optimizers: list[torch.optim.Optimizer], now: dict[str, float] | None
+    ) -> dict[int, State]:
+        found = None if self.journal is None else self.journal.read(optimizers)
+        if found is None:
+            return {}
+        tensors, notes = found
+        self.history[:] = notes["history"]
+        if now is not None:
+            now |= notes["now"]
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        with torch.no_grad():
+            for name, score in self.masked.scores.items():
+                score.copy_(tensors[f"score.{name}"])
+        self.head.load_state_dict(below("head."))
+        states = {}
+        for k in {int(name.split(".")[1]) for name in tensors if name.startswith("state.")}:
+            entry, bits, head = self.history[k], below(f"state.{k}.bits."), below(f"state.{k}.head.")
+            states[k] = State(k, bits, head, entry["accuracy"], int(entry["weights"]), int(entry["macs"]))
+        return states
 
     def _order_scores(self) -> None:
         """Scores from just above 0 to 1 by |dL/d mask| on a few batches (Lee et al. 2019, SNIP)."""
         ones = {name: torch.ones_like(score).requires_grad_() for name, score in self.masked.scores.items()}
         few = self.data.batches("train", 64, shuffle=True, seed=self.settings.seed, limit=64 * ORDER_BATCHES)
-        for x, y in few:
-            loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
-            torch.autograd.backward(loss)
+        with torch.random.fork_rng(devices=[]):  # of dropout
+            torch.manual_seed(self.settings.seed)
+            for x, y in few:
+                loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
+                torch.autograd.backward(loss)
         felt = {n: torch.zeros_like(o) if o.grad is None else o.grad.abs() for n, o in ones.items()}
         for names in ({CHANNELS} & felt.keys(), felt.keys() - {CHANNELS}):  # of one kind: in one order
             ordered = sorted(names)
@@ -171,21 +259,12 @@ class Search:
     def accuracy(self, bits: Bits, split: str = "validation") -> float:
         """Share of a split's images that the masked network labels right."""
         hits, seen = 0, 0
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(self.headed.model):
             parameters = self.masked.effective(bits)
             for x, y in self.data.batches(split, 500):  # type: ignore[arg-type]
                 hits += int((self.masked(x, parameters).argmax(1) == y).sum())
                 seen += len(y)
         return hits / seen
-
-    def _epoch(self, epoch: int, penalty: Callable[[Bits], Tensor]) -> None:
-        """Adam for the head; in four epochs of five, or without a head to train, another for the masks."""
-        if epoch == 0:
-            self.optimizers = self.adam()
-        head, masks = self.optimizers
-        joint = epoch % CYCLE > 0 or not self.headed.trained
-        optimizers = ([head] if head is not None else []) + ([masks] if joint else [])
-        self.run(epoch, optimizers, None if joint else self.masked.snapshot(), penalty)
 
     def adam(self) -> tuple[torch.optim.Optimizer | None, torch.optim.Optimizer]:
         """Optimisers of the head, if it learns, and of the scores."""
@@ -203,7 +282,19 @@ class Search:
         penalty: Callable[[Bits], Tensor] | None,
         after: Callable[[], object] = lambda: None,
     ) -> None:
-        """One epoch; `after` is called after every step."""
+        """One epoch; `after` is called after every step. Dropout draws by seed and epoch alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed * STRIDE + epoch)
+            self._steps(epoch, optimizers, fixed, penalty, after)
+
+    def _steps(
+        self,
+        epoch: int,
+        optimizers: list[torch.optim.Optimizer],
+        fixed: Bits | None,
+        penalty: Callable[[Bits], Tensor] | None,
+        after: Callable[[], object],
+    ) -> None:
         for x, y in self._batches(epoch):
             bits = self.masked.bits() if fixed is None else fixed
             outputs = self.masked(x, self.masked.effective(bits))
@@ -234,11 +325,23 @@ class Search:
             augment=settings.augment,
         )
 
-    def _judge(self, epoch: int) -> State:
+    def _judge(self, epoch: int, judge: Callable[[State], bool]) -> State:
         bits = self.masked.snapshot()
         weights, macs = (int(v) for v in self.masked.kept(bits))
         head = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
-        state = State(bits, head, self.accuracy(bits), weights, macs)
-        self.history.append({"weights": weights, "macs": macs, "accuracy": state.accuracy})
-        self.progress("mask search", min(epoch + 1, self.settings.epochs), self.settings.epochs)
+        state = State(epoch, bits, head, self.accuracy(bits), weights, macs)
+        entry = {"weights": weights, "macs": macs, "accuracy": state.accuracy, "fits": judge(state)}
+        self.history.append(entry)
+        self.progress("mask search", epoch + 1, self.settings.epochs)
         return state
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout learns with the masks, as published; what an epoch is worth does not depend on it."""
+    active = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training]
+    for module in active:
+        module.eval()
+    yield
+    for module in active:
+        module.train()

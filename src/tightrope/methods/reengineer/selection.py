@@ -45,6 +45,11 @@ class Fewest(Generic[T]):
         return self.patience is None or self._waited < self.patience
 
     @property
+    def kept(self) -> list[T]:
+        """What may still be the result."""
+        return [found for found in (self.best, self.fallback) if found is not None]
+
+    @property
     def result(self) -> T | None:
         return self.best if self.best is not None else self.fallback
 
@@ -55,6 +60,10 @@ class Best(Generic[T]):
 
     best: T | None = None
     _accuracy: float = -1.0
+
+    @property
+    def kept(self) -> list[T]:
+        return [] if self.best is None else [self.best]
 
     def offer(self, accuracy: float, feasible: bool, take: Callable[[], T]) -> None:
         if feasible and accuracy > self._accuracy:

@@ -20,6 +20,7 @@ from tightrope.types import Budget, Cost, FloatArray, Limit, Problem, Table
 
 ROOM = 0.7  # of what a limit leaves beyond the cheapest network may go to operators
 LEAST = 1e-12
+FORBIDDEN = 1e6  # as a loss
 
 
 @dataclass
@@ -174,8 +175,8 @@ def project(
     In each round every option is tried alone and the knapsack solved with what the loss then was; the answer
     counts where it is really better. Raises BudgetError when no options meet the limit.
     """
-    likely = {s: -c.probabilities().detach().clamp_min(1e-30).log().cpu().double().numpy()
-              for s, c in net.choices.items()}  # fmt: skip
+    shares = {site: c.probabilities().detach().cpu().double() for site, c in net.choices.items()}
+    likely = {site: -p.clamp_min(1e-30).log().numpy() for site, p in shares.items()}
     options = _solve(net, prices, wanted, likely)
     settle(net, options)
     loss = judge()
@@ -201,13 +202,15 @@ def project(
 def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, FloatArray]) -> list[int]:
     tables = []
     fixed = prices.linear([_real(m) for m in net.mixtures])
+    room = (wanted.macs - _macs(net, prices)) / max(len(net.joins), 1)  # for a convolution as a pool
     for site, choice in net.choices.items():
         costs = [prices.option(site, option) for option in choice.options]
         labels = tuple(f"{pool} {'relu' if relu else 'identity'}".strip() for pool, relu in choice.options)
         priced = {
             m: np.array([getattr(cost, m) for cost in costs], np.float64) for m in {"drelus", wanted.metric}
         }
-        tables.append(Table(site, labels, losses[site][None], priced))
+        barred = np.array([FORBIDDEN * (cost.macs > max(room, 0.0)) for cost in costs])
+        tables.append(Table(site, labels, (losses[site] + barred)[None], priced))
         # which the cheapest network has already
         fixed = fixed + Cost(**{m: -float(min(row)) for m, row in priced.items()})
     positive = Cost(**{m: max(0.0, getattr(fixed, m)) for m in {"drelus", wanted.metric}})

@@ -46,7 +46,8 @@ class SeesawMethod:
     """Configuration and method in one. The network that is searched for replaces the given one, its teacher.
 
     `mode`: `dual` holds the expected cost by a multiplier and meets the budget for certain; `reference` is
-    the release's objective, with the gradients that it meant to have; the budget is then only checked.
+    the release's objective, with the gradients that it meant to have; the budget is then only checked. Its
+    settings: `width=32 operators=all aggregates=published borders=published lr=0.001 lr_choice=0.01`.
     `space`: blocks per stage, `2,2,2`, or a published name. `width`: channels of the stem. `operators`: `all`
     27, the published `low-memory` 10, `plain`, or names. `aggregates`: whether their ReLU and pool are
     `searched`. `borders`: `mergeable` pads stacks of convolutions once, so that they merge; `published` pads

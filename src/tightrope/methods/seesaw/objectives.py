@@ -65,7 +65,7 @@ class Reference:
         for stage, mixture in zip(space.stages(), self.net.mixtures, strict=True):
             channels = space.shape(stage)[0]
             macs = torch.tensor([release_macs(o, channels) for o in mixture.names]) * rates.per_mac_ms
-            linear = linear + mixture.shares() @ macs
+            linear = linear + mixture.shares() @ macs.to(mixture.weights)
             most += float(macs.max())
         relus = torch.tensor(float(space.floor))
         for k, choice in enumerate(list(self.net.choices.values())[: sum(space.blocks)]):

@@ -76,6 +76,23 @@ def scaled(total: Sum, factor: Vector, shift: Vector) -> Sum:
     return Sum(terms, (total.bias + shift) * factor, total.dense)
 
 
+def spread(total: Sum, size: int) -> Sum:
+    """One factor a channel as a map of `size` elements; a sum of that size as it is."""
+    repeats = size // len(total.bias)
+    if repeats == 1:
+        return total
+    copies = np.repeat(np.arange(len(total.bias)), repeats)
+    terms = {name: matrix.tocsr()[copies] for name, matrix in total.terms.items()}
+    return Sum(terms, total.bias[copies], total.dense)
+
+
+def plus(a: Sum, b: Sum) -> Sum:
+    terms = dict(a.terms)
+    for name, matrix in b.terms.items():
+        terms[name] = _plus(terms[name], matrix) if name in terms else matrix
+    return Sum(terms, a.bias + b.bias, a.dense or b.dense)
+
+
 def _times(a: Matrix, b: Matrix) -> Matrix:
     """Keeps zeros, which scipy's product drops: which diagonals there are must not tell of zero weights."""
     product, pattern = (a @ b).tocsr(), (_ones(a) @ _ones(b)).tocsr()

@@ -46,17 +46,16 @@ class Books:
         batch = len(spent)
         costs = cost.op_costs(self.program, self.circuit, batch)
         ms = dict.fromkeys(costs, 0.0)
-        levels = dict.fromkeys(costs, 0.0)
-        bootstraps = 0
+        bootstraps, lost = 0, dict[str, int]()
         steps = {step.name: step for step in self.circuit.steps}
         for sample in spent:
             for one in sample:
                 step = steps[one.step]
                 ms[step.ops[-1]] += one.ms
+                lost[step.name] = 0 if isinstance(step, Refresh) else step.level - one.level
                 if isinstance(step, Refresh):
                     bootstraps += self.circuit.values[step.name].layout.ciphertexts
-                elif sample is spent[0]:
-                    levels[step.ops[-1]] += step.level - one.level
+        levels = dict.fromkeys(costs, 0) | self.circuit.op_levels(lost)
         traces = tuple(
             OpTrace(
                 op.name, op.kind, replace(costs[op.name], online_ms=ms[op.name], ckks_levels=levels[op.name])

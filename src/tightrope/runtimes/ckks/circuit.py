@@ -152,6 +152,17 @@ class Circuit:
             depth[step.name] = step.depth + max(depth[name] for name in step.sources)
         return depth[self.output]
 
+    def op_levels(self, spent: Mapping[str, int]) -> dict[str, int]:
+        """What each op's steps spend one after the other, from what each does; a step is its last op's."""
+        reached: dict[str, tuple[str, int]] = {}
+        levels: dict[str, int] = {}
+        for step in self.steps:
+            op = step.ops[-1]
+            before = [reached[name][1] for name in step.sources if name in reached and reached[name][0] == op]
+            reached[step.name] = (op, spent[step.name] + max(before, default=0))
+            levels[op] = max(levels.get(op, 0), reached[step.name][1])
+        return levels
+
     @property
     def bootstraps(self) -> int:
         """Of ciphertexts."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from tightrope.errors import InputError
 from tightrope.program import Op, Program, base_cost
 from tightrope.runtimes.ckks.affine import is_dense
-from tightrope.runtimes.ckks.compiler import OPS, Nodes, check
+from tightrope.runtimes.ckks.compiler import Nodes
 from tightrope.runtimes.ckks.parameters import (
     MAX_LOG_QP,
     Parameters,
@@ -19,6 +19,7 @@ from tightrope.runtimes.ckks.parameters import (
     max_levels,
 )
 from tightrope.runtimes.ckks.placement import MAX_REFRESH, choose_levels
+from tightrope.runtimes.ckks.planning import OPS, check
 from tightrope.types import Cost, Json
 
 if TYPE_CHECKING:

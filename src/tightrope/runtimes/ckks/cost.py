@@ -207,8 +207,8 @@ def op_costs(program: Program, circuit: Circuit, batch: int = 1) -> dict[str, Co
         op.name: replace(base_cost(op).scaled(batch), weights=base_cost(op).weights, ckks_levels=0)
         for op in program.ops
     }
-    for step in circuit.steps:
-        costs[step.ops[-1]] += Cost(ckks_levels=step.depth)
+    for name, levels in circuit.op_levels({step.name: step.depth for step in circuit.steps}).items():
+        costs[name] += Cost(ckks_levels=levels)
     sizes: Mapping[str, int] = links(circuit, batch)
     for name, direction in (
         (program.ops[0].name, "client->server"),

@@ -1,0 +1,208 @@
+"""Which steps a Program takes, before parameters are known: what is merged, squared, and how deep it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.sparse as sp
+
+from tightrope.errors import InputError, TraceError
+from tightrope.ops import Op, Shape
+from tightrope.program import Mul, Polynomial, Program
+from tightrope.runtimes.ckks.affine import (
+    MATRICES,
+    Sum,
+    Vector,
+    compose,
+    is_dense,
+    plus,
+    scaled,
+    source,
+    spread,
+)
+
+OPS = frozenset({op.kind for op in MATRICES} | {Polynomial.kind, Mul.kind})
+MAX_GAIN = 2.0**10  # of noise, where a quadratic is a square: steep ones with hardly a square have more
+SMALLEST_SCALE = 2.0**-20  # of values that calibration saw as zero
+
+
+@dataclass(frozen=True)
+class Squaring:
+    """What is left of a quadratic when the sums before and after it have taken the rest."""
+
+    levels: int = 1
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step before parameters are known: a sum to be laid out, a polynomial op, or a square."""
+
+    name: str
+    sources: tuple[str, ...]
+    ops: tuple[str, ...]
+    what: Sum | Polynomial | Squaring
+    depth: int  # levels spent until its result
+
+    @property
+    def spends(self) -> int:
+        return 1 if isinstance(self.what, Sum) else self.what.levels
+
+
+@dataclass
+class Plan:
+    """Sums are merged until a polynomial, the output or a second layer needs the value itself.
+
+    squares: the quadratics a x^2 + b x + c that become a square, one level instead of two: the sum before
+    adds b / 2a, the one after multiplies by a and adds the rest. Values of it are of magnitude one: `unit`.
+    """
+
+    program: Program
+    squares: frozenset[str]
+    steps: list[Planned] = field(default_factory=list)
+    sums: dict[str, Sum] = field(default_factory=dict)
+    real: dict[str, tuple[Shape, int]] = field(default_factory=dict)  # values in ciphertexts: shape, depth
+    unit: set[str] = field(default_factory=set)
+    pending: list[str] = field(default_factory=list)  # linear ops that no step executes yet
+
+    def add(self, op: Op, needed: bool) -> None:
+        if isinstance(op, Polynomial):
+            inner = self.sums[op.inputs[0]]
+            if op.name in self.squares and inner.copy_of is None:
+                self._add_square(op, inner)
+                return
+            self.pending.append(op.name)
+            made = self.materialise(op.inputs[0])
+            depth = self.real[made][1] + op.levels
+            self._emit(op.name, (made,), op, depth, op.shape)
+            return
+        if isinstance(op, Mul):
+            self._add_product(op)
+            if needed:
+                self.materialise(op.name)
+            return
+        inputs = [self.sums[value] for value in op.inputs]
+        if is_dense(op) and any(inner.dense for inner in inputs):
+            for value in op.inputs:
+                self.materialise(value)
+            inputs = [self.sums[value] for value in op.inputs]
+        self.pending.append(op.name)
+        self.sums[op.name] = compose(op, self.program, inputs)
+        if needed:
+            self.materialise(op.name)
+
+    def _add_square(self, op: Polynomial, inner: Sum) -> None:
+        a, shift, rest, scale = _completed(op, self.program)
+        square = self._squared(op, "shifted", scaled(inner, 1 / scale, shift))
+        self.sums[op.name] = Sum({square: sp.diags_array(a * scale**2).tocsr()}, rest)
+
+    def _add_product(self, op: Mul) -> None:
+        """x y = s ((x / s + y / t) / 2)^2 t - s ((x / s - y / t) / 2)^2 t for ranges s and t: two levels."""
+        self.pending.append(op.name)
+        scales = [_scale(self.program, value) for value in op.inputs]
+        size = math.prod(op.shape)
+        x, y = (
+            scaled(spread(self.sums[value], size), np.full(size, 0.5 / scale), np.zeros(size))
+            for value, scale in zip(op.inputs, scales, strict=True)
+        )
+        terms = {}
+        for name, sign in (("plus", 1.0), ("minus", -1.0)):
+            part = plus(x, scaled(y, np.full(size, sign), np.zeros(size)))
+            square = self._squared(op, name, part)
+            terms[square] = sp.diags_array(np.full(size, sign * math.prod(scales))).tocsr()
+        self.sums[op.name] = Sum(terms, np.zeros(size))
+
+    def _squared(self, op: Op, what: str, total: Sum) -> str:
+        """The name of the square of a sum of magnitude one."""
+        root, square = f"{op.name}:{what}", f"{op.name}:{what}:square"
+        depth = max(self.real[name][1] for name in total.terms) + 1
+        self._emit(root, tuple(total.terms), total, depth, op.shape)
+        self.pending.append(op.name)
+        self._emit(square, (root,), Squaring(), depth + 1, op.shape)
+        self.unit |= {root, square}
+        return square
+
+    def materialise(self, value: str) -> str:
+        """The name of the value in ciphertexts that equals `value`, after a step makes it if none did."""
+        total = self.sums[value]
+        if total.copy_of is not None:
+            return total.copy_of
+        sources = tuple(total.terms)
+        depth = max(self.real[name][1] for name in sources) + 1
+        self._emit(value, sources, total, depth, self.program.shape(value))
+        return value
+
+    def _emit(
+        self, name: str, sources: tuple[str, ...], what: Sum | Polynomial | Squaring, depth: int, shape: Shape
+    ) -> None:
+        ops = tuple(self.pending) or (base(name),)
+        self.steps.append(Planned(name, sources, ops, what, depth))
+        self.pending.clear()
+        self.start(name, shape, depth)
+
+    def start(self, name: str, shape: Shape, depth: int) -> None:
+        self.real[name] = (shape, depth)
+        self.sums[name] = source(name, math.prod(shape))
+
+
+def _completed(op: Polynomial, program: Program) -> tuple[Vector, Vector, Vector, Vector]:
+    """Per element a, b / 2a, c - b^2 / 4a, and the largest magnitude of x + b / 2a.
+
+    Raises InputError where a is so small that the noise of the square would show.
+    """
+    given = np.asarray(program.tensors.get(f"{op.name}.stage0", np.ones(3)), np.float64).reshape(-1, 3)
+    c, b, a = (np.broadcast_to(part, (op.shape[0],)) for part in given.T)
+    inside, outside = _scale(program, op.inputs[0]), _scale(program, op.name)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = b / (2 * a)
+        scale = inside + np.abs(shift)
+        gain = np.abs(a) * scale**2 / outside
+    if not (gain <= MAX_GAIN).all():
+        worst = int(np.argmax(np.where(np.isfinite(gain), gain, np.inf)))
+        raise InputError(
+            "a quadratic has hardly a square, which would magnify the noise",
+            where=f"{op.name}, channel {worst}",
+            got=f"{a[worst]:.3g} x^2 + {b[worst]:.3g} x + {c[worst]:.3g} on {inside:.3g}",
+            fix="--no-squares (squares=False), which takes a level more for every quadratic",
+        )
+    size = math.prod(op.shape[1:])
+    rest = c - a * shift**2
+    a, shift, rest, scale = (np.repeat(part, size) for part in (a, shift, rest, scale))
+    return a, shift, rest, scale
+
+
+def _scale(program: Program, value: str) -> float:
+    return max(program.ranges.get(value, 1.0), SMALLEST_SCALE)
+
+
+def base(name: str) -> str:
+    """The value of the Program that a value in ciphertexts belongs to."""
+    return name.partition(":")[0]
+
+
+def check(op: Op) -> None:
+    """Raise TraceError, naming the op's kind and its name, if CKKS cannot execute it."""
+    if op.kind not in OPS:
+        raise TraceError(
+            "the ckks runtime cannot execute this op",
+            where=op.name,
+            got=op.kind,
+            allowed=tuple(sorted(OPS)),
+            fix="replace activations by polynomials (method paf), max-pools by average pools",
+        )
+
+
+def plan(program: Program, squares: bool) -> Plan:
+    """The steps and the levels that each spends. Raises TraceError for an op outside the runtime."""
+    for op in program.ops:
+        check(op)
+    polynomials = [op for op in program.ops if isinstance(op, Polynomial)]
+    direct = {v for op in polynomials for v in op.inputs} | {program.output}  # no sum takes what is left
+    quadratic = {op.name for op in polynomials if op.stages == (2,) and not op.gated} - direct
+    planned = Plan(program, frozenset(quadratic if squares else ()))
+    planned.start(Program.INPUT, program.input_shape, 0)
+    read = {v for op in polynomials if op.name not in planned.squares for v in op.inputs} | {program.output}
+    for op in program.ops:
+        planned.add(op, op.name in read)
+    return planned

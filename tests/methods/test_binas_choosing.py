@@ -1,0 +1,97 @@
+"""Estimators compared, one of them optimised, candidates within the limit; and what is drawn of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tightrope.errors import BudgetError
+from tightrope.methods.binas.accuracies import Accuracies
+from tightrope.methods.binas.choosing import candidates, check, compare, pick
+from tightrope.methods.binas.counts import counts
+from tightrope.methods.binas.method import FORMULAS, SOLVERS, BinasMethod
+from tightrope.methods.binas.objective import Contributions, Formula, problem
+from tightrope.methods.binas.space import PRESETS
+from tightrope.report import explain
+
+SPACE = PRESETS["fashion"]
+LIMIT = sum(counts(SPACE, c)["macs"] for c in (SPACE.smallest(), SPACE.largest())) / 2
+
+
+def truth() -> Formula:
+    """In points. Depth helps more in later stages, width only in the first block of each."""
+    depths = tuple(np.array([-1.0, 0, 1]) * (s + 1) for s in range(3))
+    wide = np.array([o.expansion == 6 for o in SPACE.options], dtype=float)
+    blocks = tuple(np.stack([2 * wide, 0 * wide, 0 * wide]) for _ in range(3))
+    return Formula(75.0, depths, blocks)
+
+
+def measured(count: int, images: int, seed: int) -> Accuracies:
+    generator = np.random.default_rng(seed)
+    choices = tuple(SPACE.random(generator) for _ in range(count))
+    share = truth().predict(SPACE, choices) / 100
+    return Accuracies(choices, generator.random((count, images)) < share[:, None])
+
+
+def contributions(error: float = 0.1) -> tuple[Contributions, Contributions]:
+    """What the truth makes of every decision, the others random."""
+    gain = truth()
+    average = 75 + sum(float(b[0].mean()) for b in gain.block)
+    depth = tuple(average + d for d in gain.depth)
+    block = []
+    for s, b in enumerate(gain.block):
+        # a block is measured at the least depth that has it
+        at = np.array([0.0, *gain.depth[s][1:]])[:, None]
+        block.append(average + at + b - np.array([b[0].mean(), 0, 0])[:, None])
+    means = Contributions(average, depth, tuple(block))
+    errors = [tuple(np.full_like(a, error) for a in part) for part in (depth, block)]
+    return means, Contributions(error, errors[0], errors[1])
+
+
+def test_each_estimator_is_compared_on_the_same_networks():
+    found = compare(SPACE, contributions()[0], 1000, measured(60, 400, 1), measured(40, 2000, 2))
+    assert [c.estimator.name for c in found] == [*FORMULAS, "quadratic", "mlp"]
+    assert [c.images for c in found] == [1000] * 2 + [24_000] * 4
+    by_name = {c.estimator.name: c.agreement for c in found}
+    assert by_name["conditional"].spearman > 0.85
+    assert by_name["conditional"].mse < by_name["released"].mse  # which counts depth twice
+    best = max((by_name[name].spearman, name) for name in FORMULAS)[1]
+    formulas = {c.estimator.name: c.estimator.formula for c in found}
+    assert pick(BinasMethod(), found) is formulas[best]
+    assert pick(BinasMethod(solver="iqcp"), found) is formulas["bilinear"]
+    assert pick(BinasMethod(estimator="released"), found) is formulas["released"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_gives_candidates_within_the_limit(solver):
+    staged = problem(SPACE, truth(), {"macs": LIMIT})
+    found = candidates(BinasMethod(solver=solver, candidates=3), staged)
+    assert len({a.choice for a in found}) == 3
+    assert all(staged.fits(a.choice) for a in found)
+    best = candidates(BinasMethod(candidates=1), staged)[0]
+    assert found[0].gain <= best.gain + 1e-9
+    if solver not in ("bcfw", "evo"):
+        assert found[0].gain == pytest.approx(best.gain)
+        assert [a.gain for a in found] == sorted((a.gain for a in found), reverse=True)
+
+
+def test_limits_are_checked_before_there_is_an_estimator():
+    check(SPACE, BinasMethod(), {"macs": LIMIT}, {})
+    with pytest.raises(BudgetError, match="or more"):
+        check(SPACE, BinasMethod(), {"macs": 1.0}, {})
+    with pytest.raises(BudgetError, match="--solver milp"):
+        check(SPACE, BinasMethod(), {"macs": LIMIT, "weights": 1e6}, {})
+    check(SPACE, BinasMethod(solver="milp"), {"macs": LIMIT, "weights": 1e6}, {})
+
+
+def test_the_page_says_where_depth_and_width_help():
+    means, errors = contributions()
+    gains = {(what, stage): value for what, stage, value in explain.claims(SPACE, means, errors)}
+    for stage in (1, 2, 3):
+        assert gains["depth", str(stage)][0] == pytest.approx(2 * stage)
+        assert gains["width of the first block", str(stage)] == pytest.approx((2.0, 0.1 * (2 / 4) ** 0.5))
+        assert gains["width of the others, mean", str(stage)][0] == pytest.approx(0)
+    page = explain.render(SPACE, means, errors, [])
+    assert page.count('<svg class="chart"') == 2 + 3
+    assert "stage 3, 3 blocks: +3.000 ± 0.196 points" in page
+    assert "Stage 3, block by block" in page and "<script" not in page
