@@ -23,7 +23,7 @@ from tightrope.methods.reengineer.heads import attach
 from tightrope.methods.reengineer.projection import fits, project
 from tightrope.methods.reengineer.projection import found as spent
 from tightrope.nn.group_max import GroupMax
-from tightrope.nn.masked import Masked, binarise
+from tightrope.nn.masked import Channels, Masked, binarise
 from tightrope.place import model_sha256
 from tightrope.runtimes.onnx import Onnx
 from tightrope.runtimes.plain import Plain
@@ -60,6 +60,18 @@ def test_the_ratio_gives_every_score_alpha_over_n():
     (alpha * found.kept(found.bits())[0] / found.total).backward()
     for score in found.scores.values():
         torch.testing.assert_close(score.grad, torch.full_like(score, alpha / found.total))
+
+
+def test_counts_are_exact_where_single_precision_is_not():
+    model = nn.Sequential(nn.Linear(4097, 4097), nn.Linear(4097, 2))
+    found = Masked.start(model, ("0.weight", "0.bias"), Channels(), "weight", {"0": 3})
+    weights, macs = found.kept(found.snapshot())
+    assert (int(weights), int(macs)) == (4097 * 4098, 3 * 4097**2)  # 2^24 + 12,290 weights
+
+
+def test_a_budget_that_even_one_channel_a_layer_exceeds_is_refused():
+    with pytest.raises(BudgetError, match="as small as masks can make it"):
+        learn("macs<=140", granularity="channel")  # the head alone is 128
 
 
 def test_a_snapshot_does_not_alias_the_scores():

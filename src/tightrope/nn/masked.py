@@ -127,17 +127,18 @@ class Masked:
     def kept(self, bits: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(weights, multiplications per image) that masks leave, differentiable; the head is not counted.
 
-        Only whole channels save multiplications: dense kernels multiply with zeros too.
+        Only whole channels save multiplications: dense kernels multiply with zeros too. In float64: single
+        precision counts to 16.8 million.
         """
         gates = self._gates(bits)
-        weights, macs = torch.zeros(()), torch.zeros(())
+        weights, macs = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for name in self.names:
             module, _, part = name.rpartition(".")
             kept, through = self._kept(name, bits, gates)
             weights = weights + kept
             if part == "weight":
                 per_pair = self.model.get_parameter(name).numel() / through.numel()
-                macs = macs + through.sum() * (per_pair * self.positions[module])
+                macs = macs + through.double().sum() * (per_pair * self.positions[module])
         return weights, macs
 
     def by_layer(self, bits: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
@@ -158,7 +159,7 @@ class Masked:
         through = self._open(module, layer, part, gates)
         parameter = layer.get_parameter(part)
         single = bits[name].float() if name in bits else torch.ones_like(parameter)
-        return (through * single.reshape(*through.shape, -1).sum(-1)).sum(), through
+        return (through * single.reshape(*through.shape, -1).sum(-1)).double().sum(), through
 
     def _open(self, module: str, layer: nn.Module, part: str, gates: Tensor | None) -> Tensor:
         """Whether both ends of a weight live: (out, in / groups), or (out,) for a bias."""

@@ -146,6 +146,8 @@ class ReengineerMethod:
             raise _missed(f"accuracy {state.accuracy:.4f}", wanted, points)
         program = lower(plain(state), graph.input_shape)
         spent = total(base_cost(op) for op in program.ops)
+        if spent.macs > budget.resolve(baseline).get("macs", math.inf):  # one channel a layer always stays
+            raise _missed(f"{spent.macs:,.0f} macs, as small as masks can make it", str(budget), points)
         others = dict(donor)
         if self.controls:
             others |= controls(start, state.weights, max(1, self.epochs // 5), _scorer(data))
