@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from commands import QUICK, call, refused
 from tightrope.bundle import Bundle
+from tightrope.cli import app
 from tightrope.data import ASSETS
 
 
@@ -249,3 +251,12 @@ def test_wrong_types_in_a_bundle(
     text, says = WRONG[name]
     (copy / name).write_text(text)
     refused(monkeypatch, capsys, "report", copy, says=says)
+
+
+def test_help_shows_every_word_of_it() -> None:
+    from rich.text import Text
+
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    texts = [getattr(one, "help", None) or "" for command in commands for one in command.params]
+    # brackets are markup unless escaped
+    assert [text for text in texts if Text.from_markup(text).plain != text.replace("\\", "")] == []

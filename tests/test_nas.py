@@ -87,7 +87,9 @@ def test_the_whole_way_and_a_second_budget(here, monkeypatch, capsys):
     assert found["predicted"]["macs"] == counts(space, choice)["macs"]
     assert len(found["validation_inherited"]) == 5
     assert found["validation_inherited"][found["taken"]] == max(found["validation_inherited"])
-    assert {"released", "conditional", "linear", "bilinear", "quadratic", "mlp"} == found["estimators"].keys()
+    assert {"released", "conditional", "regression", "linear", "bilinear", "quadratic", "mlp"} == found[
+        "estimators"
+    ].keys()
     assert found["measured_ms"] > 0 and 0 <= found["test"] <= 1
     page = (here / "work" / "explain.html").read_text()
     assert "Stage 2, block by block" in page and "Spearman" in page

@@ -42,28 +42,30 @@ Settings = Annotated[
 Classes = Annotated[
     str | None, typer.Option(help="Of reengineer: one class against the rest, several (2,5,7), or each.")
 ]
-Superclasses = Annotated[Path | None, typer.Option(help="Of reengineer: a JSON file {name: [classes]}.")]
+Superclasses = Annotated[
+    Path | None, typer.Option(help="Of reengineer: a JSON file, names with lists of classes.")
+]
 NewData = Annotated[str | None, typer.Option(help="Of reengineer: images of another task.")]
 Sites = Annotated[
-    str | None, typer.Option(help="Shell patterns of activations to decide, comma-separated. [default: *]")
+    str | None, typer.Option(help="Shell patterns of activations to decide, comma-separated. \\[default: *]")
 ]
 Samples = Annotated[
-    int | None, typer.Option(help="Training images behind each predicted loss. [default: 256]")
+    int | None, typer.Option(help="Training images behind each predicted loss. \\[default: 256]")
 ]
 Repair = Annotated[
     bool | None,
     typer.Option(
         "--repair/--no-repair",
-        help="Charge an option for what remains after rescaling its channel. [default: repair]",
+        help="Charge an option for what remains after rescaling its channel. \\[default: repair]",
     ),
 ]
 Verify = Annotated[
-    int | None, typer.Option(help="Options measured exactly, for the rank correlation. [default: 100]")
+    int | None, typer.Option(help="Options measured exactly, for the rank correlation. \\[default: 100]")
 ]
-MaxPool = Annotated[str | None, typer.Option(help="keep, or avg: average-pools instead. [default: keep]")]
-Relu6 = Annotated[str | None, typer.Option(help="keep (two comparisons), or relu. [default: keep]")]
+MaxPool = Annotated[str | None, typer.Option(help="keep, or avg: average-pools instead. \\[default: keep]")]
+Relu6 = Annotated[str | None, typer.Option(help="keep (two comparisons), or relu. \\[default: keep]")]
 PricedBy = Annotated[
-    str | None, typer.Option("--runtime", help="Whose costs price the options. [default: the method's]")
+    str | None, typer.Option("--runtime", help="Whose costs price the options. \\[default: the method's]")
 ]
 Devices = Annotated[int, typer.Option(help="Processes (or GPUs) per machine that share the images.")]
 Nodes = Annotated[int, typer.Option(help="Machines.")]

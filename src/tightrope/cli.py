@@ -208,6 +208,7 @@ def curve(
     from tightrope import pipeline
     from tightrope.bundle import Bundle
     from tightrope.decisions import decided
+    from tightrope.report import formats
     from tightrope.types import Budget
 
     view, opened = View(as_json), Bundle.open(bundle)
@@ -215,7 +216,7 @@ def curve(
         rows = pipeline.curve(opened, points=points, limit=limit, progress=progress)
     names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
     metric = decided(opened.problem(), Budget.parse(opened.plan().budget).limits[0].metric)
-    title = f"Validation accuracy before training, and {metric.replace('_', ' ')}"
+    title = f"Validation accuracy before training, and {formats.metric(metric)}"
     table = grid(title, "budget", *names)
     for row in rows:
         table.add_row(f"{row['share']:.1%}", *(control(row, name, metric) for name in names))

@@ -109,6 +109,7 @@ class Timed:
 
     ops: Mapping[str, Cost]
     total: Cost
+    about: str = "the engine fuses the ops: only the whole has a time"
 
 
 @dataclass(frozen=True)

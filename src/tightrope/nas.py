@@ -23,13 +23,14 @@ from tightrope.methods import Learned, Shown
 from tightrope.methods.binas import accuracies, latency, oneshot
 from tightrope.methods.binas.accuracies import Accuracies
 from tightrope.methods.binas.choosing import Compared, candidates, check, compare, pick
-from tightrope.methods.binas.contributions import PERCENT, contributions
+from tightrope.methods.binas.contributions import PERCENT, drawn, evaluations, summary
 from tightrope.methods.binas.counts import METRICS, counts
 from tightrope.methods.binas.extract import extract
 from tightrope.methods.binas.latency import METRIC, LatencyTable
 from tightrope.methods.binas.method import BinasMethod, chosen
 from tightrope.methods.binas.objective import Contributions, problem
 from tightrope.methods.binas.oneshot import OneShot
+from tightrope.methods.binas.regression import regression
 from tightrope.methods.binas.space import Space
 from tightrope.methods.binas.supernet import Supernet
 from tightrope.program import base_cost
@@ -130,10 +131,12 @@ def study(
         return None
     whole = data.size("validation")
     some = max(1, whole // 10)
-    means, errors = contributions(
+    table = evaluations(
         supernet, data, passes=method.passes, seed=method.seed, file=work / "contributions.hits",
         progress=progress,
     )  # fmt: skip
+    paths = [drawn(space, whole, method.seed, k) for k in range(method.passes)]
+    means, errors = summary(space, table, paths)
     generator = np.random.default_rng(method.seed)
     fit = _distinct(space, generator, method.passes * whole // some, set())
     rest = _distinct(space, generator, method.held_out, set(fit))
@@ -141,7 +144,8 @@ def study(
         supernet, data, fit, images=some, file=work / "fitted.hits", progress=progress
     )
     held_out = accuracies.measure(supernet, data, rest, file=work / "networks.hits", progress=progress)
-    compared = compare(space, means, method.passes * whole, fitted, held_out)
+    regressed = regression(space, table, paths)
+    compared = compare(space, means, regressed, method.passes * whole, fitted, held_out)
     return Studied(space, data, supernet, means, errors, fitted, held_out, compared)
 
 

@@ -88,11 +88,12 @@ def binas(
     out: arg.Out = Path("runs/binas"),
     work: Annotated[
         Path | None,
-        typer.Option(help="What serves every budget: supernet, table, accuracies. [default: runs/SPACE]"),
+        typer.Option(help="What serves every budget: supernet, table, accuracies. \\[default: runs/SPACE]"),
     ] = None,
     solver: Annotated[str, typer.Option(help="pareto, milp, iqcp: exact; bcfw, evo: not.")] = "pareto",
     estimator: Annotated[
-        str, typer.Option(help="released, conditional, linear, bilinear, or auto: what ranks best.")
+        str,
+        typer.Option(help="released, conditional, regression, linear, bilinear, or auto: what ranks best."),
     ] = "auto",
     candidates: Annotated[int, typer.Option(help="Networks that are validated before one is taken.")] = 5,
     device: Annotated[str, typer.Option(help="cpu (torch), cuda, onnx or openvino.")] = "onnx",
@@ -100,7 +101,7 @@ def binas(
     batch: Annotated[int, typer.Option(help="Images that are timed together.")] = 1,
     clock: Annotated[str, typer.Option(help="wall, or cpu; as in measure.")] = "wall",
     lut: Annotated[
-        Path | None, typer.Option(help="A latency table of `measure`. [default: measured in --work]")
+        Path | None, typer.Option(help="A latency table of `measure`. \\[default: measured in --work]")
     ] = None,
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="--lut is of another machine, where the network will run.")

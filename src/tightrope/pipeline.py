@@ -353,8 +353,9 @@ def curve(
     for name, value in (("points", points), ("limit", limit)):
         if value < 1:
             raise InputError(f"{name} must be positive", got=value, allowed="1 or more")
-    problem, plan, data = bundle.problem(), bundle.plan(), bundle.data()
-    method = measuring_method_of(plan)
+    plan = bundle.plan()
+    method = measuring_method_of(plan)  # first: a learned plan has no problem
+    problem, data = bundle.problem(), bundle.data()
     metric = Budget.parse(plan.budget).limits[0].metric
     graph = trace(bundle.base(), plan.input_shape)
 

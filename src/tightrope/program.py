@@ -141,7 +141,7 @@ class Program:
             raise BundleError(
                 "no program",
                 where=str(error.filename or directory),
-                fix="tightrope finetune, or for client and dealer tightrope export-public",
+                fix="tightrope finetune or apply, or for client and dealer tightrope export-public",
             ) from None
         except OSError as error:
             raise BundleError("the program is damaged", where=str(directory), got=str(error)) from error

@@ -26,7 +26,11 @@ def measuring_method_of(plan: Plan) -> Method:
     """The same, of a plan that a Problem stands behind. Raises InputError for one that was learned."""
     method = method_of(plan)
     if isinstance(method, Learner):
-        raise InputError("this plan was learned: there is no problem to solve again", got=plan.method)
+        raise InputError(
+            "this plan was learned: there are no measured options to choose from again",
+            got=plan.method,
+            fix="tightrope search with another --budget and --out",
+        )
     return method
 
 

@@ -21,14 +21,17 @@ def run(
     bundle: BundleDir,
     runtime: Annotated[
         str,
-        typer.Option(help="plain; mpc: three processes, none sees image and weights; ckks: on ciphertexts."),
+        typer.Option(
+            help="mpc: three processes, none sees image and weights; ckks: on ciphertexts; in the clear: "
+            "plain, onnx, openvino."
+        ),
     ] = "mpc",
     image: Annotated[Path | None, typer.Option(help="A PNG or JPEG.")] = None,
     resize: Annotated[
         bool, typer.Option("--resize", help="Scale an image of another size, and cut out the centre.")
     ] = False,
     count: Annotated[
-        int | None, typer.Option(help="Without an image: so many test images. [default: 1]")
+        int | None, typer.Option(help="Without an image: so many test images. \\[default: 1]")
     ] = None,
     port: Annotated[int | None, typer.Option(help="First of the loopback ports of mpc.")] = None,
     reveal: Annotated[
@@ -48,24 +51,26 @@ def run(
     ] = None,
     log_n: Annotated[
         int | None,
-        typer.Option(help="Of ckks: the ring's degree as a power of two. [default: the smallest secure one]"),
+        typer.Option(
+            help="Of ckks: the ring's degree as a power of two. \\[default: the smallest secure one]"
+        ),
     ] = None,
     scale_bits: Annotated[
-        int | None, typer.Option(help="Of ckks: bits of the fixed point. [default: 40]")
+        int | None, typer.Option(help="Of ckks: bits of the fixed point. \\[default: 40]")
     ] = None,
     memory_gb: Annotated[
         float | None,
-        typer.Option(help="Of ckks: refuse to take more. [default: 4/5 of what is free]"),
+        typer.Option(help="Of ckks: refuse to take more. \\[default: 4/5 of what is free]"),
     ] = None,
     bootstrap: Annotated[
         str | None, typer.Option(help="Of ckks: auto, where no secure ring has the levels, always or never.")
     ] = None,
     refresh_levels: Annotated[
-        int | None, typer.Option(help="Of ckks: after a bootstrap. [default: what makes them cheapest]")
+        int | None, typer.Option(help="Of ckks: after a bootstrap. \\[default: what makes them cheapest]")
     ] = None,
     squares: Annotated[
         bool | None,
-        typer.Option(help="Of ckks: quadratics in one level instead of two. [default: squares]"),
+        typer.Option(help="Of ckks: quadratics in one level instead of two. \\[default: squares]"),
     ] = None,
     as_json: AsJson = False,
 ) -> Json:
@@ -119,7 +124,7 @@ def run(
     view.say(f"same class as plain: {same} of {len(x)}{difference}")
     measurement(view, measured)
     expected_cost = None if runtime == "plain" else expect(len(x))[0].total
-    if expected_cost is not None:
+    if expected_cost is not None and mode != "simulate":
         times(view, expected_cost, measured.total)
     return {
         "predictions": [data.classes[k] for k in got],

@@ -154,6 +154,8 @@ def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: i
 
 def _learned_summary(view: View, bundle: Bundle, plan: Plan, record: Mapping[str, Any]) -> dict[str, Any]:
     """A plan that was learned: what was chosen, and what else could have been done."""
+    from tightrope.report import formats
+
     for shown in record["shown"]:
         table = grid(shown["title"], *shown["columns"])
         for row in shown["rows"]:
@@ -167,7 +169,10 @@ def _learned_summary(view: View, bundle: Bundle, plan: Plan, record: Mapping[str
     for note in plan.notes:
         view.say(f"  {note}")
     after, before = plan.predicted.as_dict(), plan.baseline.as_dict()
-    counts = ", ".join(f"{after.get(m, 0):,.6g} of {of:,.6g} {m}" for m, of in before.items())
+    counts = ", ".join(
+        f"{formats.amount(after.get(m, 0))} of {formats.amount(of)} {formats.metric(m)}"
+        for m, of in before.items()
+    )
     view.say(f"budget {plan.budget}: {counts}")
     return {
         "bundle": str(bundle.path),
@@ -209,27 +214,34 @@ def tasks(view: View, bundles: Sequence[Bundle]) -> dict[str, Any]:
 
 
 def accuracies(view: View, result: Mapping[str, float]) -> None:
-    """Show what `finetune` reached: validation, and test where it was read."""
-    table = grid("Accuracy of the final networks", "split", "original", "after the plan", "fine-tuned")
+    """Show what `finetune` reached: validation and test; a column for what was read."""
+    names = {"original": "_base", "after the plan": "_untuned", "final": ""}
+    read = {
+        name: end for name, end in names.items() if f"validation{end}" in result or f"test{end}" in result
+    }
+    table = grid("Accuracy", "split", *read)
     for split in ("validation", "test"):
         if split in result:
-            untuned = percent(result[f"{split}_untuned"]) if f"{split}_untuned" in result else ""
-            base = percent(result[f"{split}_base"]) if f"{split}_base" in result else ""
-            table.add_row(split, base, untuned, percent(result[split]))
+            table.add_row(
+                split, *(percent(result[k]) if (k := split + end) in result else "" for end in read.values())
+            )
     view.table(table)
 
 
 def measurement(view: View, measured: Measurement) -> None:
     """Show what a run cost, op by op."""
-    title, t = f"Measured: {measured.runtime}, batch of {measured.batch}", measured.total
+    simulated, t = "predicted_error" in measured.config, measured.total
+    title = f"{'Simulated' if simulated else 'Measured'}: {measured.runtime}, batch of {measured.batch}"
     view.table(_costs(title, ((trace.op, trace.cost) for trace in measured.ops), t))
     for title, links in (("online", measured.links), ("offline", measured.offline_links)):
         if links:
             view.say(f"{title}: " + ", ".join(f"{link} {n:,} bytes" for link, n in links.items()))
     if t.offline_ms:
         view.say(f"offline phase: {t.offline_ms:,.0f} ms")
-    if "predicted_error" in measured.config:
-        view.say(f"simulated; the noise of a real run: at most {measured.config['predicted_error']:.2g}")
+    if simulated:
+        view.say(
+            f"times are predicted; the noise of a real run: at most {measured.config['predicted_error']:.2g}"
+        )
 
 
 def times(view: View, expected: Cost, spent: Cost) -> None:
@@ -237,6 +249,7 @@ def times(view: View, expected: Cost, spent: Cost) -> None:
     shown = (
         f"{phase} {getattr(expected, m):,.1f} ms predicted, {getattr(spent, m):,.1f} measured"
         for phase, m in (("online", "online_ms"), ("offline", "offline_ms"))
+        if getattr(expected, m) or getattr(spent, m)
     )
     view.say("; ".join(shown))
 
@@ -256,7 +269,8 @@ def _costs(title: str, ops: Iterable[tuple[str, Cost]], whole: Cost) -> Table:
     for op, c in ops:
         numbers = [getattr(c, metric) for metric in columns.values()]
         if any(numbers) or c.online_ms >= 0.05:
-            table.add_row(op, *("" if not v else f"{v:,.0f}" for v in numbers), f"{c.online_ms:,.1f}")
+            spent = f"{c.online_ms:,.1f}" if c.online_ms else ""  # not measured op by op
+            table.add_row(op, *("" if not v else f"{v:,.0f}" for v in numbers), spent)
     totals = (f"{getattr(whole, metric):,.0f}" for metric in columns.values())
     table.add_row("total", *totals, f"{whole.online_ms:,.1f}", style="bold")
     return table

@@ -8,9 +8,13 @@ import pytest
 from tightrope.errors import BudgetError
 from tightrope.methods.binas.accuracies import Accuracies
 from tightrope.methods.binas.choosing import candidates, check, compare, pick
+from tightrope.methods.binas.contributions import drawn
 from tightrope.methods.binas.counts import counts
+from tightrope.methods.binas.estimators import agreement
 from tightrope.methods.binas.method import FORMULAS, SOLVERS, BinasMethod
 from tightrope.methods.binas.objective import Contributions, Formula, problem
+from tightrope.methods.binas.paths import same_path
+from tightrope.methods.binas.regression import encode, regression
 from tightrope.methods.binas.space import PRESETS
 from tightrope.report import explain
 
@@ -49,17 +53,33 @@ def contributions(error: float = 0.1) -> tuple[Contributions, Contributions]:
 
 
 def test_each_estimator_is_compared_on_the_same_networks():
-    found = compare(SPACE, contributions()[0], 1000, measured(60, 400, 1), measured(40, 2000, 2))
+    found = compare(SPACE, contributions()[0], truth(), 1000, measured(60, 400, 1), measured(40, 2000, 2))
     assert [c.estimator.name for c in found] == [*FORMULAS, "quadratic", "mlp"]
-    assert [c.images for c in found] == [1000] * 2 + [24_000] * 4
+    assert [c.images for c in found] == [1000] * 3 + [24_000] * 4
     by_name = {c.estimator.name: c.agreement for c in found}
     assert by_name["conditional"].spearman > 0.85
     assert by_name["conditional"].mse < by_name["released"].mse  # which counts depth twice
-    best = max((by_name[name].spearman, name) for name in FORMULAS)[1]
     formulas = {c.estimator.name: c.estimator.formula for c in found}
-    assert pick(BinasMethod(), found) is formulas[best]
+    best = next(name for name in FORMULAS if formulas[name] is pick(BinasMethod(), found))
+    assert by_name[best].spearman == max(by_name[name].spearman for name in FORMULAS)
     assert pick(BinasMethod(solver="iqcp"), found) is formulas["bilinear"]
     assert pick(BinasMethod(estimator="released"), found) is formulas["released"]
+
+
+def test_a_regression_on_single_evaluations_finds_what_they_were_drawn_from():
+    gain, passes, images = truth(), 20, 3000
+    generator = np.random.default_rng(0)
+    easy = generator.uniform(-5, 5, images)  # of an image, whatever the network
+    paths = [drawn(SPACE, images, 0, k) for k in range(passes)]
+    weights = np.concatenate([*(b.ravel() for b in gain.block), *gain.depth])
+    share = [(75 + easy + encode(SPACE, path) @ weights) / 100 for path in paths]
+    found = regression(SPACE, generator.random((passes, images)) < np.stack(share), paths)
+    choices = [SPACE.random(generator) for _ in range(200)]
+    same = agreement(found.predict(SPACE, choices), gain.predict(SPACE, choices))
+    assert same.spearman > 0.9 and same.mse < 1.5
+    assert encode(SPACE, same_path(SPACE, choices[0], 2))[1] @ weights + 75 == pytest.approx(
+        gain.predict(SPACE, choices[:1])[0]
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -177,7 +177,12 @@ def test_the_whole_way_and_what_it_refuses(tmp_path, monkeypatch, capsys):
     page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
     for word in ("What is kept of every layer", "restricted", "onnx", "dress / sandal"):
         assert word in page and word in card
+    assert "e+0" not in page  # counts in full
+    assert call(monkeypatch, "run", out, "--runtime", "onnx", "--estimate") == 0
+    assert "only the whole has a time" in capsys.readouterr().out
     refused(monkeypatch, capsys, "finetune", out, says="trained this network already")
+    for verb in (("curve", out), ("solve", out, "--budget", "macs<=0.9x", "--out", tmp_path / "c")):
+        refused(monkeypatch, capsys, *verb, says="this plan was learned")
     path = out / "plan.safetensors"
     tensors = load_file(path)
     whole = path.read_bytes()

@@ -196,8 +196,8 @@ def _cifar_folder(root: Path | None, name: str) -> Path:
         + (", only the Python one, whose pickles can run code when read" if pickled else ""),
         where=", ".join(map(str, [pickled] if pickled else folders)),
         allowed=f"a folder with the .bin files of {url}",
-        fix=f"curl -L {url} | tar xz -C FOLDER, then root=FOLDER (or set TIGHTROPE_DATA and use its "
-        f"{name} sub-folder)",
+        fix=f"curl -L {url} | tar xz -C FOLDER, then --root FOLDER (root=), or set TIGHTROPE_DATA "
+        f"and use its {name} sub-folder",
     )
 
 

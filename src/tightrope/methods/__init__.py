@@ -254,8 +254,12 @@ def check_settings(name: str, cls: Any, given: Mapping[str, Json]) -> None:
         kind = type(default) if isinstance(default, str | bool) else numbers
         fits = isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
         if not fits and not (value is None and default is None):
+            words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+            kind_of = words.get(type(default), "a number")
             raise InputError(
-                f"{key} of {name} is of another kind", got=repr(value), allowed=f"as {default!r}"
+                f"{key} of {name} is of another kind",
+                got=repr(value),
+                allowed=f"{kind_of}, as {default!r}",
             )
 
 

@@ -12,21 +12,26 @@ from tightrope.report.facts import CLEAR, Facts
 from tightrope.types import Json
 
 SEARCH_FLAGS = ("sites", "samples", "verify", "max_pool", "relu6", "seed")
+PRIVATE = ("mpc", "ckks")  # runtimes in which no party has both image and weights
 FINETUNE_FLAGS = ("epochs", "lr", "batch_size", "seed")
 
 
 def missing(facts: Facts) -> dict[str, str]:
     """Verb -> the command that makes that part of this bundle."""
     path = str(facts.bundle.path)
-    priced = str(facts.about.get("runtime", CLEAR))
-    private = "mpc" if priced == CLEAR else priced
     frozen = [] if facts.program is not None else [_join("finetune", path)]
     return {
         "search": _line("search", facts, _again(facts), "--verify", "100"),
         "finetune": _join("finetune", path, "--test"),
-        "run": " && ".join([*frozen, _join("run", path, "--runtime", private, "--count", "16")]),
+        "run": " && ".join([*frozen, _join("run", path, "--runtime", private(facts), "--count", "16")]),
         "curve": _join("curve", path),
     }
+
+
+def private(facts: Facts) -> str:
+    """The runtime that the options were priced for, if it is one of several parties."""
+    priced = str(facts.about.get("runtime", CLEAR))
+    return priced if priced in PRIVATE else "mpc"
 
 
 def reproduce(facts: Facts) -> str:

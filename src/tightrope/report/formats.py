@@ -21,6 +21,11 @@ def count(x: float) -> str:
     return f"{x:,.0f}" if float(x).is_integer() else f"{x:,.1f}"
 
 
+def amount(x: float) -> str:
+    """Of any quantity: counts in full, fractions to three digits."""
+    return f"{x:,.0f}" if x >= 1000 or float(x).is_integer() else f"{x:.3g}"
+
+
 def percent(x: float, digits: int = 1) -> str:
     """Of a fraction: 0.12 -> 12.0 %. Below the last digit shown, `< 0.1 %` rather than a false zero."""
     least = 10.0**-digits

@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tightrope.bundle import Bundle
-from tightrope.report import formats
+from tightrope.report import formats, words
+from tightrope.types import Budget
 
 HERE = Path(__file__).parent
 Table = tuple[str, str, Sequence[str], list[Sequence[str]]]  # heading, note, columns, rows
@@ -19,9 +20,10 @@ def render(bundle: Bundle) -> dict[str, str]:
     """report.html and README.md of the bundle. Raises BundleError for a damaged file."""
     plan, about, parts = bundle.plan(), bundle.about, tables(bundle)
     task = bundle.task()
-    labels = " / ".join(task.names if task is not None else bundle.record()["classes"])
-    title = f"{about.get('model', plan.base)}: {labels}"
-    lead = f"Method {plan.method}, budget {plan.budget}, data {about.get('data', 'not recorded')}."
+    budget = formats.budget(Budget.parse(plan.budget))
+    title = f"{about.get('model', plan.base)}, {budget}" + (f": {' / '.join(task.names)}" if task else "")
+    classes = len(bundle.record()["classes"])
+    lead = f"Method {plan.method}, data {about.get('data', 'not recorded')}, {classes} classes."
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -44,30 +46,62 @@ def render(bundle: Bundle) -> dict[str, str]:
 
 
 def tables(bundle: Bundle) -> list[Table]:
-    """Cost, accuracy, front, layers, and runs if there are any."""
+    """Cost, accuracy, front, layers, runs if there are any, and what went in."""
     plan, record, accuracy = bundle.plan(), bundle.record(), bundle.accuracy()
     before, after = plan.baseline.as_dict(), plan.predicted.as_dict()
     cost = [
-        (m, f"{after.get(m, 0):,.6g}", f"{v:,.6g}", f"{after.get(m, 0) / v:.1%}") for m, v in before.items()
+        (formats.metric(m), formats.amount(after.get(m, 0)), formats.amount(v), f"{after.get(m, 0) / v:.1%}")
+        for m, v in before.items()
     ]
-    scores = [("this network", "validation", f"{record['accuracy']:.2%}")]
+    scores = [("as the search left it", "validation", f"{record['accuracy']:.2%}")]
     scores += [(k.replace("_", " "), "validation", f"{v:.2%}") for k, v in record["controls"].items()]
-    names = {"test": "this network", "test_base": "restricted"}
-    scores += [(names[k], "test", f"{accuracy[k]:.2%}") for k in names if k in accuracy]
+    names = {
+        "validation_base": ("original network", "validation"),
+        "validation": ("this network, fine-tuned", "validation"),
+        "test_base": ("original network" if bundle.task() is None else "restricted", "test"),
+        "test": ("this network", "test"),
+    }
+    scores += [(*names[k], f"{accuracy[k]:.2%}") for k in names if k in accuracy]
     metrics = sorted({key for point in record["front"] for key in point} - {"accuracy"})
-    front = [(*(f"{p[m]:,.6g}" for m in metrics), f"{p['accuracy']:.2%}") for p in record["front"]]
+    front = [(*(formats.amount(p[m]) for m in metrics), f"{p['accuracy']:.2%}") for p in record["front"]]
     found: list[Table] = [
-        ("Cost of one image", "; ".join(plan.notes), ("quantity", "now", "donor", "share"), list(cost)),
+        ("Cost of one image", "; ".join(plan.notes), ("quantity", "now", "original", "share"), list(cost)),
         ("Accuracy", "", ("network", "split", "accuracy"), list(scores)),
     ]
     if front:
-        note = f"Nothing that was found beats these in {', '.join(metrics)} and accuracy at once."
-        found.append(("What the search found", note, (*metrics, "validation accuracy"), list(front)))
+        shown = [formats.metric(m) for m in metrics]
+        note = f"Nothing that was found beats these in {', '.join(shown)} and accuracy at once."
+        found.append(("What the search found", note, (*shown, "validation accuracy"), list(front)))
     found += [(s["title"], "", s["columns"], list(s["rows"])) for s in record["shown"]]
     runs = [
-        (r["runtime"], str(r["batch"]), formats.milliseconds(r["total"].get("online_ms", 0.0)))
+        (
+            r["runtime"],
+            str(r["batch"]),
+            formats.milliseconds(r["total"].get("online_ms", 0.0)),
+            formats.size(r["total"].get("online_bytes", 0)),
+            f"{r['same_class']} of {r['batch']}" if "same_class" in r else formats.ABSENT,
+        )
         for r in bundle.measurements()
     ]
     if runs:
-        found.append(("Runs", "", ("runtime", "images", "ms, online"), list(runs)))
-    return found
+        note = "Of all images together; same class: as the float64 reference gives."
+        found.append(
+            ("Runs", note, ("runtime", "images", "ms, online", "sent online", "same class"), list(runs))
+        )
+    return [*found, _made(bundle)]
+
+
+def _made(bundle: Bundle) -> Table:
+    plan, about = bundle.plan(), bundle.about
+    rows = [
+        ("model", f"{plan.base}, SHA-256 {plan.base_sha256}"),
+        ("method", f"{plan.method}: {words.settings(plan.config)}"),
+        ("costs priced by", str(about.get("runtime", "not recorded"))),
+        ("fine-tuning", words.settings(bundle.accuracy().get("recipe", {})) or "none"),
+        ("versions", words.settings(about.get("versions", {})) or "not recorded"),
+    ]
+    note = (
+        "What was chosen was found by training: nothing is proved about it. Accuracies are of one run; their "
+        "spread over seeds is not measured."
+    )
+    return "How this was made, and limits", note, ("", ""), list(rows)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tightrope.report import formats
+from tightrope.report import commands, formats
 from tightrope.report.facts import Facts
 from tightrope.types import Budget, Json
 
-RUNTIME_NAMES = {"mpc": "secure run (mpc)", "plain": "run in the clear (plain)"}
+RUNTIME_NAMES = {"mpc": "secure run (mpc)", "ckks": "secure run (ckks)", "plain": "run in the clear (plain)"}
 RUNTIME_LIMITS: dict[str, tuple[str, ...]] = {
     "mpc": (
         "Security holds against parties (client, server, dealer) that follow the protocol and do not "
@@ -47,7 +47,7 @@ def lead(facts: Facts) -> str:
 
 
 def run_name(facts: Facts) -> str:
-    runtime = facts.run["runtime"] if facts.run is not None else "mpc"
+    runtime = facts.run["runtime"] if facts.run is not None else commands.private(facts)
     return RUNTIME_NAMES.get(runtime, f"run ({runtime})")
 
 
@@ -94,7 +94,7 @@ def _gap(facts: Facts) -> Tile:
 def _agreement(facts: Facts) -> Tile:
     name = "Secure and plain agree"
     if facts.run is None or not facts.secure or "same_class" not in facts.run:
-        return Tile(name, formats.ABSENT, "tightrope run --runtime mpc", measured=False)
+        return Tile(name, formats.ABSENT, _run_it(facts), measured=False)
     same, batch = facts.run["same_class"], facts.run["batch"]
     sub = "same class; the client saw the label only"
     if "max_abs_error" in facts.run:
@@ -103,9 +103,13 @@ def _agreement(facts: Facts) -> Tile:
     return Tile(name, f"{same} of {batch} images", sub)
 
 
+def _run_it(facts: Facts) -> str:
+    return f"tightrope run --runtime {commands.private(facts)}"
+
+
 def _spent(facts: Facts) -> Tile:
     if facts.run is None or not facts.secure:
-        return Tile("Secure run, per image", formats.ABSENT, "tightrope run --runtime mpc", measured=False)
+        return Tile("Secure run, per image", formats.ABSENT, _run_it(facts), measured=False)
     total, batch = facts.run["total"], facts.run["batch"]
     online = formats.size(total.get("online_bytes", 0) / batch)
     parts = [f"in {formats.duration(total['online_ms'] / batch)}"] if "online_ms" in total else []

@@ -70,7 +70,7 @@ def test_which_operators_cannot_be_merged_as_published():
     assert not [name for name in OPERATORS if extent(name, "mergeable") is None]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     names=st.lists(st.sampled_from(OPERATORS), min_size=1, max_size=5, unique=True),
     size=st.tuples(st.integers(3, 12), st.integers(3, 12)),
@@ -87,7 +87,7 @@ def test_sums_of_operators_merge_exactly(names, size, borders, price):
     assert spent(after, shape, price) <= spent(block, shape, price)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 10**6), borders=st.sampled_from(BORDERS), size=st.sampled_from([(10, 14), (6, 18)])
 )

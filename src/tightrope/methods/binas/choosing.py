@@ -28,9 +28,15 @@ class Compared:
 
 
 def compare(
-    space: Space, measured: Contributions, images: int, fitted: Accuracies, held_out: Accuracies
+    space: Space,
+    measured: Contributions,
+    regressed: Formula,
+    images: int,
+    fitted: Accuracies,
+    held_out: Accuracies,
 ) -> list[Compared]:
-    """Every estimator on the held-out networks, in points of %. `images`: evaluations behind `measured`.
+    """Every estimator on the held-out networks, in points of %. `images`: evaluations behind `measured` and
+    `regressed`.
 
     The images of `fitted` may be a part of the others, easier or harder than they are: its accuracies are
     shifted to the mean of random networks that the contributions have.
@@ -38,6 +44,7 @@ def compare(
     built = [
         (of_formula("released", space, formula(space, measured)), images),
         (of_formula("conditional", space, formula(space, measured, conditional=True)), images),
+        (of_formula("regression", space, regressed), images),
     ]
     accuracy = PERCENT * (fitted.mean - fitted.mean.mean()) + measured.mean
     built += [(fit(space, fitted.choices, accuracy), fitted.hits.size) for fit in FITTED]

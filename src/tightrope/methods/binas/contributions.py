@@ -53,6 +53,25 @@ def contributions(
 
     Raises InputError for fewer than 2 passes, and when a decision was never drawn.
     """
+    table = evaluations(
+        supernet, data, passes=passes, images=images, split=split, seed=seed, file=file, progress=progress
+    )
+    images = table.shape[1]
+    return summary(supernet.space, table, (drawn(supernet.space, images, seed, k) for k in range(passes)))
+
+
+def evaluations(
+    supernet: Supernet,
+    data: Data,
+    *,
+    passes: int,
+    images: int | None = None,
+    split: Split = "validation",
+    seed: int = 0,
+    file: Path | None = None,
+    progress: Progress | None = None,
+) -> Hits:
+    """(passes, images): what `summary` makes contributions of; arguments and errors as of `contributions`."""
     if passes < 2:
         raise InputError(
             "contributions compare an image with itself", got=f"passes={passes}", allowed="2 or more"
@@ -73,8 +92,7 @@ def contributions(
                 parts.append(hits(bank.mixed(paths[start : start + len(y)], x.to(device)), y))
                 start += len(y)
             rows.add(str(k), np.concatenate(parts))
-        table = np.stack([rows.found[str(k)] for k in range(passes)])
-    return summary(space, table, (drawn(space, images, seed, k) for k in range(passes)))
+        return np.stack([rows.found[str(k)] for k in range(passes)])
 
 
 def drawn(space: Space, images: int, seed: int, index: int) -> Paths:

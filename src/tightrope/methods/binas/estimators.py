@@ -18,7 +18,7 @@ from scipy import stats
 from torch import nn
 
 from tightrope.errors import InputError
-from tightrope.methods.binas.objective import Formula, encode
+from tightrope.methods.binas.objective import Formula, encode, split
 from tightrope.methods.binas.space import Space
 from tightrope.solve.staged import Choice
 from tightrope.types import FloatArray
@@ -147,7 +147,8 @@ def _formula(
     of_z, of_beta = z @ z.T, beta @ beta.T
     dual, weight = _best(of_z + of_beta, of_z * of_beta, accuracy, weights)
     pair = weight * (z.T * dual) @ beta if weight else None
-    found = Formula(0.0, _split(beta.T @ dual, _depths(space)), _blocks(space, z.T @ dual), pair)
+    block, depth = split(space, np.concatenate([z.T @ dual, beta.T @ dual]))
+    found = Formula(0.0, depth, block, pair)
     base = float(accuracy.mean() - found.predict(space, choices).mean())
     return Formula(base, found.depth, found.block, pair)
 
@@ -176,20 +177,6 @@ def _best(
 
 def _mixed(plain: FloatArray, products: FloatArray, weight: float) -> FloatArray:
     return plain + weight * products
-
-
-def _depths(space: Space) -> list[int]:
-    return [len(stage.depths) for stage in space.stages]
-
-
-def _split(values: FloatArray, sizes: Sequence[int]) -> tuple[FloatArray, ...]:
-    return tuple(np.split(values, np.cumsum(sizes)[:-1]))
-
-
-def _blocks(space: Space, values: FloatArray) -> tuple[FloatArray, ...]:
-    K = len(space.options)
-    parts = _split(values, [stage.depths[-1] * K for stage in space.stages])
-    return tuple(part.reshape(-1, K) for part in parts)
 
 
 def _few(count: int) -> InputError:

@@ -19,7 +19,7 @@ from tightrope.shard import Shard
 from tightrope.types import Budget, Json
 
 SOLVERS = ("pareto", "milp", "bcfw", "iqcp", "evo")
-FORMULAS = ("released", "conditional", "linear", "bilinear")  # that the solvers can optimise
+FORMULAS = ("released", "conditional", "regression", "linear", "bilinear")  # that the solvers can optimise
 AUTO = "auto"
 
 

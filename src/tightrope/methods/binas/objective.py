@@ -70,6 +70,20 @@ def encode(space: Space, choices: Sequence[Choice]) -> tuple[FloatArray, FloatAr
     return z, beta
 
 
+def split(space: Space, weights: FloatArray) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
+    """(block, depth) of a `Formula` from weights of [z, beta]."""
+    K, at = len(space.options), 0
+    blocks, depths = [], []
+    for stage in space.stages:
+        size = stage.depths[-1] * K
+        blocks.append(weights[at : at + size].reshape(-1, K))
+        at += size
+    for stage in space.stages:
+        depths.append(weights[at : at + len(stage.depths)])
+        at += len(stage.depths)
+    return tuple(blocks), tuple(depths)
+
+
 def formula(space: Space, contributions: Contributions, *, conditional: bool = False) -> Formula:
     """The released formula, or the conditional variant. Raises InputError for contributions of another
     space."""

@@ -19,7 +19,7 @@ from tightrope.runtimes.ckks.parameters import (
     max_levels,
 )
 from tightrope.runtimes.ckks.placement import MAX_REFRESH, choose_levels
-from tightrope.runtimes.ckks.planning import OPS, check
+from tightrope.runtimes.ckks.planning import OPS, check, is_quadratic
 from tightrope.types import Cost, Json
 
 if TYPE_CHECKING:
@@ -99,9 +99,11 @@ class CKKS:
         return choose_levels(nodes(1 << (largest - 1)), offer, self.refresh_levels)
 
     def price(self, op: Op) -> Cost:
-        """Levels of one op taken alone. What layers between them merge into one level is in `prices`."""
+        """Levels of one op alone, between two layers. What these merge into one level is in `prices`."""
         check(op)
         levels = base_cost(op).ckks_levels or float(is_dense(op))
+        if self.squares and is_quadratic(op):
+            levels = 1
         return replace(base_cost(op), ckks_levels=levels)
 
     def prices(self, program: Program) -> dict[str, Cost]:

@@ -193,13 +193,17 @@ def check(op: Op) -> None:
         )
 
 
+def is_quadratic(op: Op) -> bool:
+    return isinstance(op, Polynomial) and op.stages == (2,) and not op.gated
+
+
 def plan(program: Program, squares: bool) -> Plan:
     """The steps and the levels that each spends. Raises TraceError for an op outside the runtime."""
     for op in program.ops:
         check(op)
     polynomials = [op for op in program.ops if isinstance(op, Polynomial)]
     direct = {v for op in polynomials for v in op.inputs} | {program.output}  # no sum takes what is left
-    quadratic = {op.name for op in polynomials if op.stages == (2,) and not op.gated} - direct
+    quadratic = {op.name for op in polynomials if is_quadratic(op)} - direct
     planned = Plan(program, frozenset(quadratic if squares else ()))
     planned.start(Program.INPUT, program.input_shape, 0)
     read = {v for op in polynomials if op.name not in planned.squares for v in op.inputs} | {program.output}

@@ -53,7 +53,7 @@ def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSe
             where=f"ckks, {estimate.keys} keys of {circuit.parameters.key_bytes / 1e6:.0f} MB each",
             got=f"{estimate.memory_bytes / 1e9:.3g} GB",
             allowed=f"{free / 1e9:.3g} GB",
-            fix="activations of fewer levels, fewer threads, or a larger memory_bytes",
+            fix="activations of fewer levels, fewer threads, or a larger --memory-gb (memory_bytes)",
         )
     return CKKSSession(program, config, circuit)
 
