@@ -263,6 +263,26 @@ def test_what_a_run_refuses_has_no_communication_in_its_price() -> None:
     assert MPC().price(pool).as_dict() == {"drelus": 3}
 
 
+def test_prices_count_the_truncation_of_a_layer_that_a_layer_reads() -> None:
+    """Linear layers in a row, pooled and added; behind a comparison nothing is truncated twice."""
+    program, config = calibrated(Linears(), (2, 8, 8)), MPC()
+    cost = costs(program, config, batch=8)
+    frames = sum(len(e) for s in compile_program(program, config).steps for e in s.online)
+    prices = config.prices(program)
+    assert 8 * sum(p.online_bytes for p in prices.values()) == cost.total.online_bytes - frames * HEADER_BYTES
+
+
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.third, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.first(x))
+        return self.last(torch.relu(self.third(y) + y))
+
+
 def test_prices_in_context_count_shared_openings_once_and_late_ones_twice() -> None:
     """A shortcut shares its opening with the block; behind an identity shortcut both openings are online."""
     program, config = calibrated(Residual(), (2, 8, 8)), MPC()

@@ -136,8 +136,8 @@ def steps_alone(op: Op, config: MPC) -> tuple[Step, ...]:
 
 
 def prices(program: Program, config: MPC) -> dict[str, Cost]:
-    """The price of every op among the others: a value that several layers read is opened once, and the
-    output is revealed. Needs no calibrated ranges; see `price` for what it assumes.
+    """The price of every op among the others: a value that several layers read is opened once, a layer's
+    result is truncated before another layer reads it, and the output is revealed. Needs no calibrated ranges; see `price` for what it assumes.
     """
     return {name: _price(program.op(name), steps) for name, steps in usual_steps(program, config).items()}
 
@@ -146,6 +146,7 @@ def usual_steps(program: Program, config: MPC) -> dict[str, tuple[Step, ...]]:
     """By op, in order, the steps that `prices` counts."""
     opened: set[str] = set()
     static = {Program.INPUT: False}  # whether the client's share is known offline, and so its opening
+    wide = {Program.INPUT: False}  # whether the fixed point is that of a product: the next layer truncates
     found = {}
     for op in program.ops:
         steps = steps_alone(op, config)
@@ -154,6 +155,12 @@ def usual_steps(program: Program, config: MPC) -> dict[str, tuple[Step, ...]]:
             steps = tuple(replace(step, wire=source) if isinstance(step, Open) else step for step in steps)
             if op.inputs[0] in opened:
                 steps = tuple(step for step in steps if not isinstance(step, Open))
+            elif wide[op.inputs[0]]:
+                product = replace(
+                    source, scale=source.scale + config.weight_bits, static=static[op.inputs[0]]
+                )
+                cut = Truncate(index=0, op=op.name, input=product, output=source, shift=config.weight_bits)
+                steps = (cut, *steps)
             opened.add(op.inputs[0])
             static[op.name] = True
         elif isinstance(op, Relu):
@@ -169,6 +176,8 @@ def usual_steps(program: Program, config: MPC) -> dict[str, tuple[Step, ...]]:
             static[op.name] = False
         else:
             static[op.name] = all(static[value] for value in op.inputs)
+        layer, settled = isinstance(op, Conv2d | Linear), isinstance(op, (Relu, *RULED))
+        wide[op.name] = layer or (not settled and any(wide[value] for value in op.inputs))
         found[op.name] = steps
     if program.output in found:
         reveal = Reveal(index=0, op=program.output, wire=_wire(program.shape(program.output), 0, config))
