@@ -106,6 +106,7 @@ def main() -> None:
         found += [Inherited(**one) for one in json.loads(path.read_text())]
         print(path, *(one.to_dict() for one in found[-len(settings.names) :]), sep="\n", flush=True)
     command = f"python benchmarks/bench_defects.py --seeds {options.seeds} --removed {options.removed}"
+    command += f" --images {options.images} --donor-epochs {options.donor_epochs}"
     made = [{"issue": 4, "command": command, **r} for r in rows(found, settings.names)]
     write("reengineer_defects", made)
 

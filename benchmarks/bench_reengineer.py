@@ -4,6 +4,7 @@
 
 Sized for a CPU: ResNet-20 of half and VGG-16 of a quarter of the published widths, one donor each, and
 `--images` training images of each task. Validation data select; the test split is read once per finished run.
+Controls (new head, fine-tuning, magnitude, SNIP) train for a fifth of the search's epochs.
 """
 
 from __future__ import annotations
@@ -186,6 +187,7 @@ def main() -> None:
     data = load("fashion-mnist")
     size = f"{options.donor_epochs}-{options.epochs}-{options.images}"
     command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs} --images {options.images}"
+    command += f" --donor-epochs {options.donor_epochs} --seeds {options.seeds}"
     found = {}
     wanted = product(range(options.seeds), options.donors, options.tasks, options.modes)
     for seed, name, task, mode in wanted:

@@ -137,5 +137,6 @@ def test_an_encrypted_run_is_what_simulation_predicts() -> None:
     error = float(np.abs(y - evaluate(program, x).numpy()).max())
     assert 0 < error < predicted.config["predicted_error"] < 1e-3
     assert measured.config["bootstraps"] == predicted.config["bootstraps_planned"] > 0
+    assert measured.config["levels"] == 4  # after every bootstrap
     assert measured.total.ckks_levels == predicted.total.ckks_levels == measured.config["levels_planned"]
     assert sent == predicted.setup_links

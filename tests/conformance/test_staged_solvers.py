@@ -218,3 +218,14 @@ def test_the_best_few_are_the_best_few(problem):
     assert len({answer.choice for answer in found}) == len(found) == min(3, len(gains))
     assert [answer.gain for answer in found] == pytest.approx(gains[:3], abs=1e-6)
     assert all(problem.fits(answer.choice) for answer in found)
+
+
+def test_a_frontier_claims_nothing_that_a_rounding_hides():
+    """1 + 2^-53 rounds to 1, exactly the limit: the point there is over it, and hides the best one."""
+    dear = Stage((1,), np.array([[0.0, -1.0]]), np.zeros(1), np.array([[[1.0, 0.5]]]))
+    tiny = Stage((1,), np.array([[1.0, 0.5]]), np.zeros(1), np.array([[[2.0**-53, 0.0]]]))
+    problem = Staged((dear, tiny), ("ms",), (1.0,), (0.0,))
+    best = ((0,), (1,))
+    assert problem.fits(best) and problem.gain(best) == 0.5
+    found = pareto.frontier(problem).best(1.0)
+    assert problem.fits(found.choice) and found.bound >= 0.5

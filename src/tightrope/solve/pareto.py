@@ -34,17 +34,20 @@ class Frontier:
     rows: NDArray[np.int16]
 
     def best(self, limit: float) -> Answer:
-        """The choice of most gain whose exact cost is at most `limit`; proved optimal.
+        """The choice of most gain whose exact cost is at most `limit`; proved optimal, but where a better
+        point is over it by a rounding: then that one's gain is the bound.
 
         Raises BudgetError when there is none.
         """
         problem = replace(self.problem, limits=(limit,))
         problem.check_feasible()
         last = int(np.searchsorted(self.cost, limit + _ROUNDING * abs(limit), side="right"))
+        bound = -math.inf
         for point in range(min(last, len(self.cost)) - 1, -1, -1):
             choice = from_row(problem, self.rows[point])
+            bound = max(bound, problem.gain(choice))
             if problem.fits(choice):
-                return answer(problem, choice, problem.gain(choice))
+                return answer(problem, choice, bound)
         return answer(problem, problem.cheapest(0), math.inf)  # rounding hid the cheapest one
 
 

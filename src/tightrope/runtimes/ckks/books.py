@@ -70,6 +70,7 @@ class Books:
             "log_qp": parameters.log_qp,
             "scale_bits": parameters.scale_bits,
             "threads": self.config.threads,
+            "levels": parameters.levels,
             "levels_planned": self.circuit.levels,
             "keys": len(self.circuit.galois_elements()) + 1,
             "bootstraps": bootstraps / batch,

@@ -1,8 +1,9 @@
 """CKKS parameters: what a program's levels need, and the security table that they must stay within.
 
 The secret is ternary and dense (N/2 nonzero coefficients). The largest moduli at 128 bits are those of the
-HomomorphicEncryption.org standard (Albrecht et al. 2018, table 1) for ternary secrets; the modulus counts all
-primes, those of key switching and of bootstrapping included. Libraries of the field do not check it.
+HomomorphicEncryption.org standard (Albrecht et al. 2018, table 1) for ternary secrets; N = 2^16 is not in it,
+its value is extrapolated (OpenFHE's table has 1747). The modulus counts all primes, those of key switching
+and of bootstrapping included. Libraries of the field do not check it.
 """
 
 from __future__ import annotations
