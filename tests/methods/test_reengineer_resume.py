@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from tightrope.errors import BundleError
 from tightrope.graph import trace
 from tightrope.methods.reengineer import ReengineerMethod
 from tightrope.models.resnet import ResNet
+from tightrope.runtimes.onnx import Onnx
+from tightrope.runtimes.openvino import OpenVino
 from tightrope.runtimes.plain import Plain
 from tightrope.types import Budget
 
@@ -91,3 +94,14 @@ def test_only_its_own_search_goes_on_and_damage_is_an_error(tmp_path):
     (tmp_path / FILE).write_bytes(b"damaged")
     with pytest.raises(BundleError, match="cannot be read"):
         learn("dual", tmp_path)
+
+
+def test_a_search_within_a_time_belongs_to_the_runtime_that_measures_it():
+    method = ReengineerMethod(granularity="channel")
+
+    def key(budget, cost):
+        return method._key(GRAPH, PART, TASK, Budget.parse(budget), cost)
+
+    for one, other in itertools.combinations([Onnx(), Onnx(batch=16), OpenVino()], 2):
+        assert key("latency_ms<=0.5x", one) != key("latency_ms<=0.5x", other)
+        assert key("macs<=0.5x", one) == key("macs<=0.5x", other)

@@ -115,7 +115,7 @@ class ReengineerMethod:
         start = self.searches(graph, len(data.classes), groups, data, progress)
         search = start()
         if workdir is not None:
-            search.journal = Journal.at(workdir, self._key(graph, data, task, budget))
+            search.journal = Journal.at(workdir, self._key(graph, data, task, budget, cost))
         masked, head = search.masked, search.head
         baseline = self._baseline(graph, budget, cost)
         own = {"weights": sum(p.numel() for p in head.parameters()), "macs": head.weight.numel()}
@@ -221,12 +221,13 @@ class ReengineerMethod:
 
         return start
 
-    def _key(self, graph: Graph, data: Data, task: Task | None, budget: Budget) -> str:
+    def _key(self, graph: Graph, data: Data, task: Task | None, budget: Budget, cost: CostModel) -> str:
         """What makes a search this one."""
         asked = [asdict(self), model_sha256(graph.module), data.name, list(data.classes), str(budget)]
         sizes = [data.size(split) for split in ("train", "validation")]
         sampled = None if task is None else task.to_json()
-        return hashlib.sha256(json.dumps([asked, sizes, sampled]).encode()).hexdigest()
+        timed = repr(cost) if any(limit.metric == "online_ms" for limit in budget.limits) else ""
+        return hashlib.sha256(json.dumps([asked, sizes, sampled, timed]).encode()).hexdigest()
 
     def _masked(self, headed: Headed, input_shape: tuple[int, ...], *known: Channels) -> Masked:
         model = headed.model.requires_grad_(False)
