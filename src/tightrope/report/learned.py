@@ -43,8 +43,9 @@ def tables(bundle: Bundle) -> list[Table]:
     ]
     scores = [("as the search left it", "validation", f"{record['accuracy']:.2%}")]
     scores += [(k.replace("_", " "), "validation", f"{v:.2%}") for k, v in record["controls"].items()]
+    known = record["controls"] or "validation_base" not in accuracy
+    scores += [] if known else [("original network", "validation", f"{accuracy['validation_base']:.2%}")]
     names = {
-        "validation_base": ("original network", "validation"),
         "validation": ("this network, fine-tuned", "validation"),
         "test_base": ("original network" if bundle.task() is None else "restricted", "test"),
         "test": ("this network", "test"),
