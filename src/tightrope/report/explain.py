@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tightrope.methods.binas.choosing import Compared
 from tightrope.methods.binas.objective import Contributions, formula
 from tightrope.methods.binas.space import Space
 from tightrope.report.svg import Point, Series, axis, chart
+from tightrope.report.templates import fill
 from tightrope.types import FloatArray
 
-HERE = Path(__file__).parent
 SURE = 1.96  # standard errors of a two-sided 95 % interval
 STYLES = (("s1", "circle"), ("s2", "square"), ("s3", "diamond"), ("s4", "triangle"), ("s5", "dot"))
 Value = tuple[float, float]  # points of accuracy, and its standard error
@@ -32,15 +30,8 @@ class Figure:
 
 def render(space: Space, means: Contributions, errors: Contributions, compared: Sequence[Compared]) -> str:
     """The page: per stage and block what was measured, then how well the estimators rank."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("explain.html").render(
-        css=Markup((HERE / "page.css").read_text()),
+    return fill(
+        "explain.html",
         title=f"What counts in the space {space.name}",
         lead=f"{space.count:.3g} networks; a random one has {means.mean:.2f} % (± {SURE * errors.mean:.2f}) "
         "with the weights of the supernet, on validation images. Whiskers and ± are 95 % intervals.",

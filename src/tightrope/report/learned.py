@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from tightrope.bundle import Bundle
 from tightrope.report import formats, words
+from tightrope.report.templates import fill
 from tightrope.types import Budget
 
-HERE = Path(__file__).parent
 Table = tuple[str, str, Sequence[str], list[Sequence[str]]]  # heading, note, columns, rows
 
 
@@ -24,15 +20,7 @@ def render(bundle: Bundle) -> dict[str, str]:
     title = f"{about.get('model', plan.base)}, {budget}" + (f": {' / '.join(task.names)}" if task else "")
     classes = len(bundle.record()["classes"])
     lead = f"Method {plan.method}, data {about.get('data', 'not recorded')}, {classes} classes."
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    css = Markup((HERE / "page.css").read_text())
-    page = environment.get_template("learned.html").render(css=css, title=title, lead=lead, tables=parts)
+    page = fill("learned.html", title=title, lead=lead, tables=parts)
     text = formats.markdown
     lines = [f"# {text(title)}", text(lead)]
     for heading, note, head, rows in parts:
@@ -55,8 +43,9 @@ def tables(bundle: Bundle) -> list[Table]:
     ]
     scores = [("as the search left it", "validation", f"{record['accuracy']:.2%}")]
     scores += [(k.replace("_", " "), "validation", f"{v:.2%}") for k, v in record["controls"].items()]
+    known = record["controls"] or "validation_base" not in accuracy
+    scores += [] if known else [("original network", "validation", f"{accuracy['validation_base']:.2%}")]
     names = {
-        "validation_base": ("original network", "validation"),
         "validation": ("this network, fine-tuned", "validation"),
         "test_base": ("original network" if bundle.task() is None else "restricted", "test"),
         "test": ("this network", "test"),

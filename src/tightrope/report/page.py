@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from tightrope import __version__
 from tightrope.report import commands, figures, formats, words
 from tightrope.report.compare import COUNTED, FLAG, Comparison, Row, compare, relative_gap
 from tightrope.report.facts import Facts
+from tightrope.report.templates import fill
 from tightrope.types import Json
 
-HERE = Path(__file__).parent
 FOLD_BEYOND = 16  # sites; with more, the tiles of each unfold on a click
 PRICED = ("drelus", "online_bytes", "offline_bytes")
 
 
 def render(facts: Facts) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     comparison = compare(facts)
-    return environment.get_template("page.html").render(
-        css=Markup((HERE / "page.css").read_text()),
+    return fill(
+        "page.html",
         title=words.title(facts),
         lead=words.lead(facts),
         tiles=words.headline(facts),

@@ -71,7 +71,7 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     ("metric", "share"),
-    [("offline_bytes", 0.5), ("online_bytes", 1.0), ("online_ms", 1.2), ("offline_ms", 0.6)],
+    [("offline_bytes", 0.5), ("online_bytes", 1.0), ("online_ms", 1.2), ("offline_ms", 0.9)],
 )
 def test_budgets_in_bytes_and_milliseconds(metric, share):
     """Here prices do not add up: the whole program counts."""

@@ -137,8 +137,8 @@ def steps_alone(op: Op, config: MPC) -> tuple[Step, ...]:
 
 def prices(program: Program, config: MPC) -> dict[str, Cost]:
     """The price of every op among the others: a value that several layers read is opened once, a layer's
-    result is truncated before another layer reads it, and the output is revealed. Needs no calibrated ranges;
-    see `price` for what it assumes.
+    result is truncated before another layer reads it, and the output is revealed. Needs no calibrated
+    ranges; see `price` for what it assumes.
     """
     return {name: _price(program.op(name), steps) for name, steps in usual_steps(program, config).items()}
 
