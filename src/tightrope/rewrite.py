@@ -29,7 +29,7 @@ def measuring_method_of(plan: Plan) -> Method:
         raise InputError(
             "this plan was learned: there are no measured options to choose from again",
             got=plan.method,
-            fix="tightrope search with another --budget and --out",
+            fix="the command that learned it, with another --budget and --out",
         )
     return method
 
