@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED: dict[str, type | tuple[type, ...]] = {
@@ -20,14 +21,14 @@ MEASURED: dict[str, type | tuple[type, ...]] = {
     "bar": str,
     "value": (int, float),
     "unit": str,
-    "holds": bool,
+    "holds": (bool, NoneType),
     "command": str,
 }
 PACKAGES = ("torch", "numpy", "scipy", "numba")
 
 
-def row(bar: str, value: float, unit: str, holds: bool = True) -> dict[str, object]:
-    """A row without its issue and command; a measurement without a bar holds."""
+def row(bar: str, value: float, unit: str, holds: bool | None = None) -> dict[str, object]:
+    """A row without its issue and command; `holds` is None for a measurement without a bar."""
     return {"bar": bar, "value": value, "unit": unit, "holds": holds}
 
 
@@ -64,7 +65,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     cells = [("issue", "bar", "value", "unit", "holds", "commit")]
     for row in rows:
         value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
-        holds = "yes" if row["holds"] else "NO"
+        holds = {True: "yes", False: "NO", None: "-"}[row["holds"]]
         cells.append(
             (str(row["issue"]), str(row["bar"]), value, str(row["unit"]), holds, str(row["commit"])[:18])
         )
@@ -74,7 +75,8 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
         for line in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, f"{sum(bool(row['holds']) for row in rows)} of {len(rows)} bars hold"])
+    bars = [row["holds"] for row in rows if row["holds"] is not None]
+    return "\n".join([*lines, f"{sum(map(bool, bars))} of {len(bars)} bars hold; -: no bar"])
 
 
 def _host() -> str:

@@ -4,7 +4,8 @@
 
 Sized for a CPU: ResNet-20 of half and VGG-16 of a quarter of the published widths, one donor each, and
 `--images` training images of each task. Validation data select; the test split is read once per finished run.
-Controls (new head, fine-tuning, magnitude, SNIP) train for a fifth of the search's epochs.
+Controls (new head, fine-tuning, magnitude, SNIP) train for as many epochs as the search; in the committed
+rows they had a fifth of them.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def compare(size: Size, command: str) -> list[dict[str, object]]:
             f"{budget}: {drelus:,.0f} DReLUs, {learned.predicted.macs:,.0f} MACs, {_said(mine)}", flush=True
         )
         print(*(f"  {row}" for row in learned.shown[0].rows), sep="\n", flush=True)
-        rows.append(_row(size, command, f"accuracy at {budget}", statistics.mean(mine), "", True))
+        rows.append(_row(size, command, f"accuracy at {budget}", 100 * statistics.mean(mine), "%", None))
         rows += timed(size, learned, data, command, budget)
         for name, make in rivals.items():
             other = scores(make, data, teacher, size)
@@ -222,7 +222,9 @@ def _said(values: list[float]) -> str:
     return " ".join(f"{v:.2%}" for v in values)
 
 
-def _row(size: Size, command: str, bar: str, value: float, unit: str, holds: bool) -> dict[str, object]:
+def _row(
+    size: Size, command: str, bar: str, value: float, unit: str, holds: bool | None
+) -> dict[str, object]:
     where = "" if size is FULL else f", reduced: {size.recipe.limit:,} images, {size.seeds} seeds"
     return row(bar + where, value, unit, holds) | {"issue": 6, "command": command}
 

@@ -23,7 +23,7 @@ from tightrope.methods import Learned, Shown
 from tightrope.methods.binas import accuracies, latency, oneshot
 from tightrope.methods.binas.accuracies import Accuracies
 from tightrope.methods.binas.choosing import Compared, candidates, check, compare, pick
-from tightrope.methods.binas.contributions import PERCENT, drawn, evaluations, summary
+from tightrope.methods.binas.contributions import drawn, evaluations, summary
 from tightrope.methods.binas.counts import METRICS, counts
 from tightrope.methods.binas.extract import extract
 from tightrope.methods.binas.latency import METRIC, LatencyTable
@@ -203,7 +203,7 @@ def find(
         tensors={k: v.detach().clone() for k, v in net.state_dict().items()},
         predicted=cost(space, choices[taken], table, net),
         baseline=cost(space, space.largest(), table, teacher),
-        loss=PERCENT * (1 - float(scored.mean[taken])),
+        loss=1 - float(scored.mean[taken]),
         accuracy=float(scored.mean[taken]),
         controls={"random networks of the space": float(studied.held_out.mean.mean())},
         front=_front(space, studied, table),

@@ -150,7 +150,7 @@ class ReengineerMethod:
             raise _missed(f"{spent.macs:,.0f} macs, as small as masks can make it", str(budget), points)
         others = dict(donor)
         if self.controls:
-            others |= controls(start, state.weights, max(1, self.epochs // 5), _scorer(data))
+            others |= controls(start, state.weights, self.epochs, _scorer(data))
         kept = state.weights / masked.total
         return Learned(
             choices=_choices(masked, state.bits),

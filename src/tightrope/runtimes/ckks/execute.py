@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.errors import InputError, ProtocolError, TightropeError, TraceError
+from tightrope.forms import Amount, mismatch
 from tightrope.program import Program
 from tightrope.runtimes.ckks import cost, keymaker, lattigo
 from tightrope.runtimes.ckks.books import Books
@@ -43,6 +44,12 @@ from tightrope.types import Json, Measurement
 
 if TYPE_CHECKING:
     from tightrope.runtimes.ckks.config import CKKS
+
+# What the server may say beside ciphertexts.
+READY_FORM: Any = {"peak_memory_bytes": int}
+RESULT_FORM: Any = {
+    "spent": [[{"step": str, "ms": Amount, "level": int}]], "cpu_ms": Amount, "peak_memory_bytes": int,
+}  # fmt: skip
 
 GARBAGE_PERCENT = "40"  # how far the library's heap grows before it is collected: keys fill most of it
 INPUT_MARGIN = 1.25  # how far beyond its calibrated range an input may be
@@ -98,10 +105,10 @@ class CKKSSession(Books):
                 link.send(KEY, {}, [data])
         except ProtocolError as lost:
             self._hear(link, lost)
-        self._memory_bytes = int(self._expect(link, READY, 0, 0)[0]["peak_memory_bytes"])
+        self._memory_bytes = int(self._expect(link, READY, READY_FORM, 0, 0)[0]["peak_memory_bytes"])
 
     def _expect(
-        self, link: Link, kind: int, count: int, part_bytes: int
+        self, link: Link, kind: int, form: Any, count: int, part_bytes: int
     ) -> tuple[dict[str, Json], list[bytes]]:
         try:
             message = link.receive(kind, count, part_bytes)
@@ -109,6 +116,8 @@ class CKKSSession(Books):
             raise self._with_last_words(error) from error
         if message is None:
             raise self._with_last_words(ProtocolError("the server ended the session"))
+        if fault := mismatch(message[0], form):
+            raise ProtocolError("the server sent something it must not", where="ckks server", got=fault)
         return message
 
     def _hear(self, link: Link, lost: ProtocolError) -> None:
@@ -160,7 +169,7 @@ class CKKSSession(Books):
             link.send(EVALUATE, {}, parts)
         except ProtocolError as lost:
             self._hear(link, lost)
-        about, results = self._expect(link, RESULT, each * len(x), limit)
+        about, results = self._expect(link, RESULT, RESULT_FORM, each * len(x), limit)
         if len(results) != each * len(x):
             raise ProtocolError("the server sent another number of ciphertexts", got=len(results))
         for data in results:
