@@ -29,7 +29,7 @@ DEMO_EPOCHS = 4
 RECIPE = Recipe()
 
 
-@verb(kept="the same command goes on where it stopped")
+@verb(kept="the same command goes on where it stopped (with paf it starts again)")
 def search(
     budget: arg.BudgetText,
     model: arg.Model = "demo",

@@ -9,6 +9,7 @@ from tightrope.report import formats, words
 from tightrope.report.templates import fill
 from tightrope.types import Budget
 
+LONG = 60  # characters of a model in the title
 Table = tuple[str, str, Sequence[str], list[Sequence[str]]]  # heading, note, columns, rows
 
 
@@ -17,7 +18,9 @@ def render(bundle: Bundle) -> dict[str, str]:
     plan, about, parts = bundle.plan(), bundle.about, tables(bundle)
     task = bundle.task()
     budget = formats.budget(Budget.parse(plan.budget))
-    title = f"{about.get('model', plan.base)}, {budget}" + (f": {' / '.join(task.names)}" if task else "")
+    model = str(about.get("model", plan.base))
+    model = model if len(model) <= LONG else model[:LONG] + "…"
+    title = f"{model}, {budget}" + (f": {' / '.join(task.names)}" if task else "")
     classes = len(bundle.record()["classes"])
     lead = f"Method {plan.method}, data {about.get('data', 'not recorded')}, {classes} classes."
     page = fill("learned.html", title=title, lead=lead, tables=parts)
