@@ -154,6 +154,8 @@ def test_tables_of_elsewhere_are_refused_with_both_named(here, monkeypatch, caps
         (("--solver", "iqcp", "--estimator", "released"), "bilinear predictor"),
         (("--passes", "1"), "passes is too small"),
         (("--norms", "none"), "unknown norms"),
+        (("--clock", "sun"), "unknown clock"),
+        (("--held-out", "100000"), "a smaller --held-out"),
         (("--space", "fashion", "--data", "nowhere"), "unknown data set"),
     ],
 )

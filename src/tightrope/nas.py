@@ -13,7 +13,7 @@ from torch import nn
 from tightrope import data as datasets
 from tightrope.bundle import Bundle
 from tightrope.data import Data
-from tightrope.device import conditions, open_device, time_ms, torch_threads
+from tightrope.device import CLOCKS, conditions, open_device, time_ms, torch_threads
 from tightrope.errors import BudgetError, InputError
 from tightrope.graph import trace
 from tightrope.learning import EVERYTHING, ask, keep
@@ -55,6 +55,10 @@ class Target:
     clock: str = "wall"
     table: Path | None = None
     elsewhere: bool = False
+
+    def __post_init__(self) -> None:
+        if self.clock not in CLOCKS:
+            raise InputError("unknown clock", got=self.clock, allowed=tuple(CLOCKS))
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,11 @@ def study(
     Contributions and fitted networks see the same number of images: `passes` times the validation split, the
     latter as ten times as many networks on a tenth of it.
     """
+    whole = data.size("validation")
+    some = max(1, whole // 10)
+    generator = np.random.default_rng(method.seed)
+    fit = _distinct(space, generator, method.passes * whole // some, set())
+    rest = _distinct(space, generator, method.held_out, set(fit))
     recipe = training.elastic
     shard = (
         launch(recipe.devices, recipe.nodes, recipe.accelerator)
@@ -129,17 +138,12 @@ def study(
     supernet = oneshot.train(space, data, training, folder=work / "oneshot", log=log)
     if shard is not None and not shard.first:
         return None
-    whole = data.size("validation")
-    some = max(1, whole // 10)
     table = evaluations(
         supernet, data, passes=method.passes, seed=method.seed, file=work / "contributions.hits",
         progress=progress,
     )  # fmt: skip
     paths = [drawn(space, whole, method.seed, k) for k in range(method.passes)]
     means, errors = summary(space, table, paths)
-    generator = np.random.default_rng(method.seed)
-    fit = _distinct(space, generator, method.passes * whole // some, set())
-    rest = _distinct(space, generator, method.held_out, set(fit))
     fitted = accuracies.measure(
         supernet, data, fit, images=some, file=work / "fitted.hits", progress=progress
     )
@@ -241,7 +245,12 @@ def cost(space: Space, choice: Choice, table: LatencyTable | None, net: nn.Modul
 def _distinct(space: Space, generator: np.random.Generator, count: int, known: set[Choice]) -> list[Choice]:
     """Random networks, none twice; raises InputError where the space has too few."""
     if count + len(known) > space.count:
-        raise InputError("the space has fewer networks than are to be measured", got=f"{space.count:,}")
+        raise InputError(
+            "the space has fewer networks than are to be measured",
+            got=f"{space.count:,}",
+            allowed=f"{count + len(known):,} or more",
+            fix="a smaller --held-out, or fewer --passes",
+        )
     found: dict[Choice, None] = {}
     while len(found) < count:
         choice = space.random(generator)
