@@ -98,7 +98,8 @@ def plan_summary(view: View, bundle: Bundle) -> dict[str, Any]:
     metric, method = Budget.parse(plan.budget).limits[0].metric, measuring_method_of(plan)
     shown = decided(problem, metric)
     what = formats.metric(shown)
-    table = grid("Plan", "site", "shape", what, "kept", "share", f"distinct {formats.plural(method.noun)}")
+    heads = ("site", "shape", what, formats.left(shown), "share", f"distinct {formats.plural(method.noun)}")
+    table = grid("Plan", *heads)
     for site in decisions(plan, problem):
         before, after = getattr(site.before, shown), getattr(site.after, shown)
         shape, share = "x".join(map(str, site.shape)), after / before if before else 0.0

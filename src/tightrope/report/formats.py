@@ -54,6 +54,11 @@ def metric(name: str) -> str:
     return _METRICS.get(name, name.replace("_", " "))
 
 
+def left(metric: str) -> str:
+    """What a plan does with a quantity: DReLUs of the network are kept, others are used."""
+    return "kept" if metric == "drelus" else "used"
+
+
 def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("ch") else f"{noun}s"
 

@@ -34,6 +34,7 @@ def render(facts: Facts) -> str:
         layers=_layers(facts),
         sites=_sites(facts),
         decided=formats.metric(facts.decided),
+        left=formats.left(facts.decided),
         noun=facts.method.noun,
         tiled=figures.is_tiled(facts),
         areas=figures.area_legend(),
@@ -169,7 +170,7 @@ def _layers(facts: Facts) -> list[Layer]:
                 kept=kept,
                 before=before,
                 share=formats.percent(share),
-                hover=f"{site.name}: {kept} of {before} {formats.metric(metric)} kept",
+                hover=f"{site.name}: {kept} of {before} {formats.metric(metric)} {formats.left(metric)}",
             )
         )
     return layers

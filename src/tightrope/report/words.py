@@ -67,7 +67,7 @@ def _kept(facts: Facts) -> Tile:
     after, before = getattr(facts.plan.predicted, what), getattr(facts.plan.baseline, what)
     share = formats.percent(after / before) if before else "none"
     sub = f"{formats.count(after)} of {formats.count(before)} per image"
-    return Tile(f"{formats.metric(what)} kept", share, sub)
+    return Tile(f"{formats.metric(what)} {formats.left(what)}", share, sub)
 
 
 def _accuracy(facts: Facts, name: str, key: str, base_key: str) -> Tile:
