@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightrope.errors import ProtocolError
-from tightrope.runtimes.mpc.channel import Channel, Clock, Count
+from tightrope.runtimes.mpc.channel import Channel, Clock, Count, LinkError
 from tightrope.runtimes.mpc.frame import HEADER_BYTES, MAX_ROUND, Header, parse
 from tightrope.runtimes.mpc.local import LocalLink, local_channels, local_links
 
@@ -196,6 +196,21 @@ def test_headers_round_trip_and_refuse_what_does_not_fit() -> None:
     for bad in (Header(-1, 0, 1, 0, 0), Header(0, 2**32, 1, 0, 0), Header(0, 0, 1, 0, 2**40)):
         with pytest.raises(ProtocolError):
             bad.pack()
+
+
+def test_the_shortest_silence_ends() -> None:
+    """CPython 3.11's SimpleQueue waits for ever where the time is up while its lock is taken."""
+
+    def wait() -> None:
+        for _ in range(20_000):
+            _, end = local_links(timeout_s=1e-6)
+            with pytest.raises(LinkError):
+                end.recv_into(memoryview(bytearray(1)))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_handshake_payloads_are_bounded() -> None:

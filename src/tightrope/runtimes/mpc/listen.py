@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 from tightrope.errors import InputError, ProtocolError
 from tightrope.runtimes.mpc.channel import Channel, Clock
@@ -129,7 +129,7 @@ class Listener:
         of every refusal, if a peer is still missing then.
         """
         deadline = time.monotonic() + within_s
-        arrived: SimpleQueue[Proven] = SimpleQueue()
+        arrived: Queue[Proven] = Queue()
         wanted = _Wanted(self._own, peers)
         refused: list[str] = []
         channels: dict[Role, Channel] = {}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 from tightrope.runtimes.mpc.channel import Channel, Clock, LinkError
 from tightrope.runtimes.mpc.keys import Role
 
 
 class LocalLink:
-    """One end; data is copied at `send`, as a socket would, and None marks the end of the stream."""
+    """One end; data is copied at `send`, as a socket would, and None marks the end of the stream.
+
+    No SimpleQueue: where the time is up while its lock is taken, CPython 3.11 waits for ever.
+    """
 
     def __init__(
-        self, outgoing: SimpleQueue[bytes | None], incoming: SimpleQueue[bytes | None], timeout_s: float
+        self, outgoing: Queue[bytes | None], incoming: Queue[bytes | None], timeout_s: float
     ) -> None:
         self._outgoing = outgoing
         self._incoming = incoming
@@ -52,8 +55,8 @@ class LocalLink:
 
 def local_links(timeout_s: float) -> tuple[LocalLink, LocalLink]:
     """Two ends of one connection."""
-    there: SimpleQueue[bytes | None] = SimpleQueue()
-    back: SimpleQueue[bytes | None] = SimpleQueue()
+    there: Queue[bytes | None] = Queue()
+    back: Queue[bytes | None] = Queue()
     return LocalLink(there, back, timeout_s), LocalLink(back, there, timeout_s)
 
 

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue, SimpleQueue
 from typing import IO, Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class ProcessTeam:
 
     def __init__(self, program: Program, config: MPC, session: bytes) -> None:
         self._config = config
-        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._events: Queue[Event] = Queue()
         self._processes: Processes = {}
         self._memory_bytes: dict[Role, int] = {}
         self._failure: TightropeError | None = None
@@ -195,7 +195,7 @@ class ProcessTeam:
         return sum(self._memory_bytes.values())
 
 
-def _follow(role: Role, stream: IO[bytes], events: SimpleQueue[Event]) -> None:
+def _follow(role: Role, stream: IO[bytes], events: Queue[Event]) -> None:
     """Turn what a process says into events, until it ends."""
     while (message := control.read(stream)) is not None:
         events.put((role, *message))
