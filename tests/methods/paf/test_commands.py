@@ -48,7 +48,7 @@ def test_the_report_draws_every_polynomial(chosen, monkeypatch, capsys):
     bundle = Bundle.open(chosen)
     assert page.count('class="map plot"') == len(bundle.problem().tables)
     text = re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
-    assert "CKKS levels kept per layer" in text and "patch" not in text
+    assert "CKKS levels used per layer" in text and "patch" not in text
     assert "--method paf" in page and "polynomials=degree" in page
     assert "CKKS levels kept" in (chosen / "README.md").read_text()
 
