@@ -50,7 +50,7 @@ def test_the_report_draws_every_polynomial(chosen, monkeypatch, capsys):
     text = re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
     assert "CKKS levels used per layer" in text and "patch" not in text
     assert "--method paf" in page and "polynomials=degree" in page
-    assert "CKKS levels kept" in (chosen / "README.md").read_text()
+    assert "CKKS levels used" in (chosen / "README.md").read_text()
 
 
 def test_a_budget_below_the_cheapest_polynomials_says_what_is_possible(tmp_path, monkeypatch, capsys):
