@@ -298,6 +298,12 @@ def test_functional_layers_over_own_parameters_become_modules():
     assert types == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.Linear]
 
 
+def _explodes(x):
+    """NaN but near 0, as a polynomial of high degree does in float32."""
+    high = (1e4 * x) ** 12
+    return high - high
+
+
 class ByValue(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -336,11 +342,18 @@ class Outer(nn.Module):
         (Chain(lambda x: x + torch.rand_like(x)), r"computes something else(.|\n)*max difference"),
         (Chain(lambda x: F.dropout(x, training=True)), r"computes something else"),
         (Chain(lambda x: x + torch.rand(())), r"computes something else"),
+        (Chain(lambda x: _explodes(x) + torch.rand_like(x)), r"computes something else"),
     ],
 )
 def test_what_cannot_be_traced_is_said_clearly(model, message):
     with pytest.raises(TraceError, match=message):
         trace(model, SHAPE)
+
+
+def test_a_network_that_explodes_on_noise_is_compared_near_0():
+    graph = trace(Chain(lambda x: _explodes(x) + x, nn.ReLU()), SHAPE)
+    x = 1e-3 * torch.randn(2, *SHAPE)
+    assert torch.equal(graph.module(x), x.relu())
 
 
 def test_patterns():

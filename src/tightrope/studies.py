@@ -1,4 +1,4 @@
-"""Verbs that measure rather than make: `measure`, and `reengineer defects`."""
+"""Verbs that study networks rather than make one: `reengineer defects`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from commands import call, refused
-from tightrope import models
+from tightrope import models, pipeline
+from tightrope.bundle import Bundle
 from tightrope.data import load, parse_task, view
 from tightrope.errors import BudgetError, InputError
 from tightrope.graph import trace
@@ -276,6 +277,12 @@ def test_a_reengineered_network_runs_under_mpc_unchanged(tmp_path, monkeypatch, 
     assert body["measurement"]["runtime"] == "mpc"
     assert body["max_abs_error"] < 1e-2
     assert body["measurement"]["total"]["macs"] < 0.4 * 8 * 9_345_920
+    bundle = Bundle.open(out)
+    x = next(bundle.data().batches("test", 8))[0].double().numpy()
+    got, plain, _ = pipeline.run(bundle, x, runtime="mpc")
+    first, second = np.sort(plain, 1)[:, :-3:-1].T
+    clear = first - second > 2 * np.abs(got - plain).max()
+    assert clear.any() and (got.argmax(1) == plain.argmax(1))[clear].all()
 
 
 @pytest.mark.slow

@@ -120,13 +120,13 @@ def test_a_peer_that_closes_is_noticed_through_a_shaped_link() -> None:
     channel.close()
 
 
-def test_a_shaped_run_has_the_same_bytes_rounds_and_result() -> None:
-    """Over TLS too, see the sessions of `calibrate`."""
+@pytest.mark.parametrize("mode", ["simulate", pytest.param("execute", marks=pytest.mark.slow)])
+def test_a_shaped_run_has_the_same_bytes_rounds_and_result(mode: str) -> None:
     program, x = network("residual"), images(3).numpy()
     config = MPC(noise_bits=0)
     found = []
     for here in (config, replace(config, network="1e8,4")):
-        with here.open(program, "simulate") as session:
+        with here.open(program, mode) as session:  # type: ignore[arg-type]
             y, spent = session.run(x)
         found.append((y, spent))
     (y, fast), (z, slow) = found
