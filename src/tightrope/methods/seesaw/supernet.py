@@ -154,9 +154,6 @@ class Supernet(Frame):
         named = {f"block{k}": block.choice for k, block in enumerate(self.blocks, 1)}
         return named | {f"aggregate{k}": join.choice for k, join in enumerate(self.joins, 1)}  # type: ignore[return-value]
 
-    def architecture_parameters(self) -> list[nn.Parameter]:
-        return [c.logits for c in self.choices.values()] + [m.weights for m in self.mixtures]
-
     def architecture(self, options: Sequence[int]) -> Architecture:
         """The operators that are left, and these options in the order of `choices`."""
         picked = [c.options[k] for c, k in zip(self.choices.values(), options, strict=True)]
