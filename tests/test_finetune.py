@@ -174,7 +174,8 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 SCRIPT = """
-import sys, json, os, torch
+import atexit, sys, json, os, torch
+atexit.register(lambda: print("still joined") if torch.distributed.is_initialized() else None)  # runs last
 from dataclasses import replace
 from torch import nn
 sys.path.insert(0, sys.argv[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import warnings
@@ -84,7 +86,20 @@ def start_fabric(devices: int, nodes: int, accelerator: str, precision: Any = "3
             got=f"accelerator {accelerator}, {devices} devices, {precision}: {error}",
         ) from error
     fabric.launch()
+    atexit.unregister(_leave)  # once, however many trainings a process runs
+    atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Leave the process group while Python still runs.
+
+    Gloo's threads hold tensors; one that lets go of its last tensor after the interpreter is gone aborts
+    the process (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # wrapped networks, which refer to the group, too
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
