@@ -47,7 +47,7 @@ WIDTHS = (12, 16, 20, 24, 28, 32)  # bits of comparisons
 LINKS = 6  # of each kind in the session's program
 REPEATS = 60
 CACHES_BYTES = 1 << 26  # more than caches hold
-QUIET = 3  # so many of the repetitions, the fastest ones, count as undisturbed
+MIDDLE = 0.5  # the share of the repetitions, neither the fastest nor the slowest, that counts as usual
 RANGE = 8.0  # of every value of the session's program
 SMALL = {"fraction_bits": 11, "weight_bits": 11, "margin": 2.0}  # what the small ring has room for
 Progress = Callable[[str, int, int], None]
@@ -262,7 +262,7 @@ def session_program() -> Program:
 
 
 def _session(config: MPC, program: Program) -> Times:
-    """What the parties took: the mean of the fastest runs, by case and group; offline the dealer."""
+    """What the parties usually took, by case and group; offline the dealer."""
     times = {}
     for network in (NEAR, FAR):
         with replace(config, network=network).open(program, "execute") as session:
@@ -270,7 +270,7 @@ def _session(config: MPC, program: Program) -> Times:
                 x = np.zeros((batch, *program.input_shape))
                 session.run(x)
                 runs = [session.run(x)[1] for _ in range(REPEATS)]
-                online, dealer = _quiet(runs), groups(_fastest_ops(runs))
+                online, dealer = _usual(runs), groups(_fastest_ops(runs))
                 times[network, batch] = {g: Cost(online_ms=online[g], offline_ms=dealer[g]) for g in online}
     return times
 
@@ -283,11 +283,14 @@ def _fastest_ops(runs: Sequence[Measurement]) -> dict[str, float]:
     }
 
 
-def _quiet(runs: Sequence[Measurement]) -> dict[str, float]:
-    """Online, by group, the mean over the runs with the least in all: waiting moves between ops."""
+def _usual(runs: Sequence[Measurement]) -> dict[str, float]:
+    """Online, by group, the mean over the runs that took neither long nor short in all: waiting moves
+    between ops, and nobody meets the fastest run."""
     spent = [groups({trace.op: trace.cost.online_ms for trace in run.ops}) for run in runs]
-    quiet = sorted(spent, key=lambda by_group: sum(by_group.values()))[:QUIET]
-    return {group: float(np.mean([s[group] for s in quiet])) for group in quiet[0]}
+    spent.sort(key=lambda by_group: sum(by_group.values()))
+    aside = int(len(spent) * (1 - MIDDLE) / 2)
+    middle = spent[aside : len(spent) - aside]
+    return {group: float(np.mean([s[group] for s in middle])) for group in middle[0]}
 
 
 def dealt(guess: Profile, schedule: Schedule, times: Times) -> Profile:
