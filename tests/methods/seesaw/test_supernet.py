@@ -166,6 +166,17 @@ def test_a_convolution_as_a_pool_counts_against_the_multiplications():
         assert net.architecture(options).aggregates[0].pool == pool
 
 
+@pytest.mark.parametrize("metric", ["drelus", "online_bytes"])
+def test_what_there_is_no_room_for_is_no_option(metric):
+    """However much better it is than every other."""
+    net = a_net()
+    choice = net.choices["aggregate1"]
+    conv = [k for k, option in enumerate(choice.options) if option[0] == "conv"]
+    wanted = Wanted(metric, 1e9, 0.0, float("inf"))
+    options = project(net, PRICES, wanted, lambda: -1e9 * float(choice.bits[conv].sum()), rounds=1)
+    assert net.architecture(options).aggregates[0].pool != "conv"
+
+
 def test_a_runtime_without_times_is_balanced_by_the_published_rates():
     network = SPACE.network(["conv_3"], relu=True, pool="avg")
     clear = Prices(SPACE, Plain(), Plain())

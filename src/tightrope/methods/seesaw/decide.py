@@ -20,7 +20,6 @@ from tightrope.types import Budget, Cost, FloatArray, Limit, Problem, Table
 
 ROOM = 0.7  # of what a limit leaves beyond the cheapest network may go to operators
 LEAST = 1e-12
-FORBIDDEN = 1e6  # as a loss
 
 
 @dataclass
@@ -200,17 +199,20 @@ def project(
 
 
 def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, FloatArray]) -> list[int]:
-    tables = []
+    tables, kept = [], []
     fixed = prices.linear([_real(m) for m in net.mixtures])
     room = (wanted.macs - _macs(net, prices)) / max(len(net.joins), 1)  # for a convolution as a pool
     for site, choice in net.choices.items():
-        costs = [prices.option(site, option) for option in choice.options]
-        labels = tuple(f"{pool} {'relu' if relu else 'identity'}".strip() for pool, relu in choice.options)
+        every = [prices.option(site, option) for option in choice.options]
+        most = max(room, min(cost.macs for cost in every))
+        left = [k for k, cost in enumerate(every) if cost.macs <= most]
+        costs, options = [every[k] for k in left], [choice.options[k] for k in left]
+        labels = tuple(f"{pool} {'relu' if relu else 'identity'}".strip() for pool, relu in options)
         priced = {
             m: np.array([getattr(cost, m) for cost in costs], np.float64) for m in {"drelus", wanted.metric}
         }
-        barred = np.array([FORBIDDEN * (cost.macs > max(room, 0.0)) for cost in costs])
-        tables.append(Table(site, labels, (losses[site] + barred)[None], priced))
+        tables.append(Table(site, labels, losses[site][left][None], priced))
+        kept.append(left)
         # which the cheapest network has already
         fixed = fixed + Cost(**{m: -float(min(row)) for m, row in priced.items()})
     positive = Cost(**{m: max(0.0, getattr(fixed, m)) for m in {"drelus", wanted.metric}})
@@ -218,7 +220,7 @@ def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, Floa
     budget = Budget((Limit(wanted.metric, wanted.limit),))
 
     def picks(picked: Picked) -> list[int]:
-        return [int(picked[table.site][0]) for table in tables]
+        return [left[int(picked[table.site][0])] for table, left in zip(tables, kept, strict=True)]
 
     def exact(picked: Picked) -> Cost:
         return prices.exact(net.extract(net.architecture(picks(picked))))
