@@ -30,7 +30,10 @@ Overwrite = Annotated[
     typer.Option("--overwrite", help="Replace a bundle that holds a fine-tuned network or measurements."),
 ]
 Model = Annotated[
-    str, typer.Option(help="demo, resnet18, torchvision:NAME, timm:NAME, arch:STRING, FILE.py:FUNCTION.")
+    str,
+    typer.Option(
+        help="demo, resnet18, torchvision:NAME, timm:NAME, arch:STRING, FILE.py:FUNCTION, a bundle."
+    ),
 ]
 Dataset = Annotated[str, typer.Option(help="embedded, fashion-mnist, cifar10, cifar100, or a directory.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights, .safetensors.")]

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tightrope import __version__, models
+from tightrope import __version__
 from tightrope.data import Data, Task, load, sample_sha256, view
 from tightrope.decisions import decisions
 from tightrope.errors import BundleError, InputError
@@ -208,9 +208,21 @@ class Bundle:
         return body
 
     def base(self) -> nn.Module:
+        from tightrope.chain import resolve, source  # of another bundle, perhaps
+
         spec, classes, channels = self._named("model", "num_classes", "in_channels")
-        model = models.resolve(spec, num_classes=classes, in_channels=channels)
-        return _load_weights(self.path / "base.safetensors", model)
+        model = resolve(spec, num_classes=classes, in_channels=channels)
+        try:
+            return _load_weights(self.path / "base.safetensors", model)
+        except BundleError as error:
+            if source(spec) is None:
+                raise
+            raise BundleError(
+                "the bundle that the base was found in has another network now, or the base is damaged",
+                where=spec,
+                got=error,
+                fix="the same search again there, or this one on what is there now",
+            ) from error
 
     def data(self) -> Data:
         """The images of the bundle's task. Raises BundleError when they are no longer those of the search."""

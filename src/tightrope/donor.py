@@ -9,18 +9,18 @@ from pathlib import Path
 
 from torch import nn
 
+from tightrope import chain
 from tightrope import data as datasets
-from tightrope import models
 from tightrope.data import Data
 from tightrope.graph import Graph, trace
 from tightrope.methods import Learner, Method, configure
 from tightrope.runtimes import Pricing, runtime_type
-from tightrope.types import Json
+from tightrope.types import Json, Link
 
 
 @dataclass(frozen=True)
 class Donor:
-    """`about` is what a bundle says of them."""
+    """`about` is what a bundle says of them; `chain`: the searches that the network came out of."""
 
     net: nn.Module
     graph: Graph
@@ -28,6 +28,7 @@ class Donor:
     method: Method | Learner
     cost: Pricing
     about: Mapping[str, Json]
+    chain: tuple[Link, ...]
 
 
 def open_donor(
@@ -48,9 +49,10 @@ def open_donor(
     cost: Pricing = runtime_type(priced_by)().pricing(**(pricing or {}))
     images = datasets.load(data, root=root, image_size=image_size)
     classes, channels = len(images.classes), images.input_shape[0]
-    net = models.resolve(model, num_classes=classes, in_channels=channels, weights=weights)
+    earlier = chain.links(model, images.input_shape)
+    net = chain.resolve(model, num_classes=classes, in_channels=channels, weights=weights)
     about = {
-        "model": models.located(model),
+        "model": chain.located(model),
         "num_classes": classes,
         "in_channels": channels,
         "data": datasets.located(data),
@@ -59,4 +61,4 @@ def open_donor(
         "runtime": priced_by,
         "pricing": dict(cost.settings),
     }
-    return Donor(net, trace(net, images.input_shape), images, chosen, cost, about)
+    return Donor(net, trace(net, images.input_shape), images, chosen, cost, about, earlier)

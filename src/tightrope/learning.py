@@ -16,7 +16,7 @@ from tightrope.graph import Graph
 from tightrope.methods import Learned, Learner, Progress
 from tightrope.place import model_sha256
 from tightrope.shard import Shard
-from tightrope.types import Budget, Json, Plan
+from tightrope.types import Budget, Json, Link, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def learn(
     if shard.first:
         about = {**donor.about, "task": asked.to_json()}
         bundle = Bundle.create(out, about, donor.net, overwrite=overwrite)
-        keep(bundle, method, learned, asked, budget, donor.about["model"], donor.graph)
+        keep(bundle, method, learned, asked, budget, donor.about["model"], donor.graph, donor.chain)
     shard.barrier()
     return Bundle(out)
 
@@ -143,7 +143,14 @@ def _made(path: Path, donor: Donor, budget: Budget, sha256: str) -> bool:
 
 
 def keep(
-    bundle: Bundle, method: Learner, learned: Learned, asked: Asked, budget: Budget, base: str, graph: Graph
+    bundle: Bundle,
+    method: Learner,
+    learned: Learned,
+    asked: Asked,
+    budget: Budget,
+    base: str,
+    graph: Graph,
+    chain: tuple[Link, ...] = (),
 ) -> None:
     """Write what was learned. Nothing is proved of it: the bound is 0."""
     plan = Plan(
@@ -159,6 +166,7 @@ def keep(
         base_sha256=model_sha256(graph.module),
         input_shape=graph.input_shape,
         notes=learned.notes,
+        chain=chain,
     )
     record = {
         "accuracy": learned.accuracy,

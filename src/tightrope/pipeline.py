@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tightrope.bundle import DISTORTION, Bundle, write_json
+from tightrope.chain import finished
 from tightrope.choose import CALIBRATION, Chooser, exact_cost, freeze
 from tightrope.data import Data
 from tightrope.donor import open_donor
@@ -28,11 +29,11 @@ from tightrope.forms import parse
 from tightrope.graph import trace
 from tightrope.learning import EVERYTHING, Wanted, learn, learn_each
 from tightrope.lock import check_unlocked, locked
-from tightrope.methods import Finishes, Learner
+from tightrope.methods import Learner
 from tightrope.place import model_sha256, place
 from tightrope.program import Program
 from tightrope.replan import pricing_of
-from tightrope.rewrite import measuring_method_of, method_of, tunable
+from tightrope.rewrite import measuring_method_of, tunable
 from tightrope.runtimes import Estimate, Mode, Pricing, Runtime, runtime_type
 from tightrope.shard import Shard, launch
 from tightrope.solve.select import cheapest, price, select
@@ -106,6 +107,7 @@ def search(
     if shard.first:
         sha256 = model_sha256(graph.module)
         plan = chooser.plan(problem, model, sha256, images.input_shape, exact=True)
+        plan = replace(plan, chain=donor.chain)
         bundle = Bundle.create(out, about, net, overwrite=overwrite)
         problem.save(out / "problem.npz")
         bundle.save_plan(plan)
@@ -187,11 +189,7 @@ def _warn_of_budget(bundle: Bundle, program: Program, warn: Callable[[str], obje
 
 def _frozen(bundle: Bundle, model: nn.Module, data: Data) -> Program:
     """The program of a network of the bundle, in the form that its method wants executed."""
-    plan = bundle.plan()
-    method = method_of(plan)
-    if isinstance(method, Finishes):
-        model = method.finish(model, plan.input_shape, pricing_of(bundle))
-    return freeze(model, data)
+    return freeze(finished(bundle, model), data)
 
 
 def apply_plan(bundle: Bundle, warn: Callable[[str], object] = warnings.warn) -> nn.Module:

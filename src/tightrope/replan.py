@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tightrope.bundle import Bundle
@@ -76,6 +77,7 @@ def _planned(source: Bundle, problem: Problem, limits: Budget, out: Path, *, ove
         lambda: (trace(base, old.input_shape), source.data()),
     )
     plan = chooser.plan(problem, old.base, old.base_sha256, old.input_shape, exact=False)
+    plan = replace(plan, chain=old.chain)
     bundle = Bundle.create(out, about, base, overwrite=overwrite)
     problem.save(out / "problem.npz")
     bundle.save_plan(plan)

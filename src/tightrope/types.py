@@ -242,6 +242,18 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Link:
+    """An earlier search, whose network became the base of the next one: the last of `Plan.chain` made
+    `Plan.base`. The hash is of the network that it started from."""
+
+    bundle: str
+    method: str
+    budget: str
+    base: str
+    base_sha256: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """The chosen options, what they should cost, and how far from the optimum they can be.
 
@@ -261,6 +273,7 @@ class Plan:
     base_sha256: str
     input_shape: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    chain: tuple[Link, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -284,6 +297,7 @@ class Plan:
             body["baseline"] = Cost(**body["baseline"])
             body["input_shape"] = tuple(body["input_shape"])
             body["notes"] = tuple(body["notes"])
+            body["chain"] = tuple(Link(**link) for link in body.get("chain", ()))
             return cls(**body)
         except BundleError:
             raise
@@ -295,6 +309,7 @@ PLAN_FORM = {
     "method": str, "config": dict, "budget": str, "choices": {str: dict}, "predicted": COST_FORM,
     "baseline": COST_FORM, "loss": float, "bound": float, "base": str, "base_sha256": str,
     "input_shape": [int], "notes": [str],
+    "chain?": [{"bundle": str, "method": str, "budget": str, "base": str, "base_sha256": str}],
 }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def tables(bundle: Bundle) -> list[Table]:
 def _made(bundle: Bundle) -> Table:
     plan, about = bundle.plan(), bundle.about
     rows = [
-        ("model", f"{plan.base}, SHA-256 {plan.base_sha256}"),
+        *words.origin(plan),
         ("method", f"{plan.method}: {words.settings(plan.config)}"),
         ("costs priced by", str(about.get("runtime", "not recorded"))),
         ("fine-tuning", words.settings(bundle.accuracy().get("recipe", {})) or "none"),

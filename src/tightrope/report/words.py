@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tightrope.report import commands, formats
 from tightrope.report.facts import Facts
-from tightrope.types import Budget, Json
+from tightrope.types import Budget, Json, Plan
 
 RUNTIME_NAMES = {"mpc": "secure run (mpc)", "ckks": "secure run (ckks)", "plain": "run in the clear (plain)"}
 RUNTIME_LIMITS: dict[str, tuple[str, ...]] = {
@@ -117,12 +117,21 @@ def _spent(facts: Facts) -> Tile:
     return Tile("Secure run, per image", f"{online} online", "; ".join(parts))
 
 
+def origin(plan: Plan) -> list[tuple[str, str]]:
+    """The network that the search started from; if of a bundle, the searches before it, the latest first."""
+    earlier = [
+        ("found by", f"{k.method} within {k.budget}, from {k.base}, SHA-256 {k.base_sha256}; in {k.bundle}")
+        for k in reversed(plan.chain)
+    ]
+    return [("model", f"{plan.base}, SHA-256 {plan.base_sha256}"), *earlier]
+
+
 def provenance(facts: Facts) -> list[tuple[str, str]]:
     """Name and value of everything that went into the bundle."""
     about, plan, run = facts.about, facts.plan, facts.run
     prepared = "; ".join(plan.notes) or "none: the network was taken as it came"
     return [
-        ("model", f"{plan.base}, SHA-256 {plan.base_sha256}"),
+        *origin(plan),
         ("data", str(about.get("data", "not recorded"))),
         ("budget", plan.budget),
         ("preparation", prepared),
