@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 from dataclasses import dataclass, replace
 
@@ -68,59 +69,84 @@ FULL = Size(
 )
 
 
-class Wide(nn.Module):
-    """Residual blocks after a convolution that shrinks the image: nothing but width, depth and kernel."""
+@dataclass(frozen=True)
+class Shape:
+    """Of a residual network: every stage but the first halves the image and doubles the channels."""
 
-    def __init__(self, channels: int, blocks: int, kernel: int, stride: int, classes: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, channels, 2 * stride + 1, stride, stride, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-        )
-        self.blocks = nn.ModuleList(_Residual(channels, kernel) for _ in range(blocks))
-        self.classifier = nn.Linear(channels, classes)
+    channels: int
+    stages: int
+    blocks: int  # of a stage
+    kernel: int
+    stride: int  # of the stem
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.classifier(x.mean((2, 3)))
-        return logits
+    def costs(self, side: int, classes: int) -> tuple[int, int]:
+        """ReLUs and multiplications of a grey image."""
+        size, width, k2 = -(-side // self.stride), self.channels, self.kernel**2
+        relus = width * size**2
+        macs = relus * (2 * self.stride + 1) ** 2
+        for stage in range(self.stages):
+            before = width
+            if stage:
+                size, width = -(-size // 2), 2 * width
+            values = width * size**2
+            relus += values * 2 * self.blocks
+            macs += values * (k2 * (before + width * (2 * self.blocks - 1)) + before * (stage > 0))
+        return relus, macs + width * classes
+
+
+class Wide(nn.Sequential):
+    def __init__(self, shape: Shape, classes: int) -> None:
+        width, k = shape.channels, 2 * shape.stride + 1
+        layers: list[nn.Module] = [_normed(1, width, k, shape.stride, k // 2), nn.ReLU()]
+        for stage in range(shape.stages):
+            for block in range(shape.blocks):
+                halves = stage > 0 and block == 0
+                layers.append(_Residual(width, 2 * width if halves else width, shape.kernel))
+                width *= 2 if halves else 1
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def _normed(before: int, after: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
+    conv = nn.Conv2d(before, after, kernel, stride, padding, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(after))
 
 
 class _Residual(nn.Module):
-    def __init__(self, channels: int, kernel: int) -> None:
+    def __init__(self, before: int, after: int, kernel: int) -> None:
         super().__init__()
-        self.first, self.second = (
-            nn.Sequential(
-                nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False),
-                nn.BatchNorm2d(channels),
-            )
-            for _ in range(2)
-        )
+        stride = after // before
+        self.first = _normed(before, after, kernel, stride, kernel // 2)
+        self.second = _normed(after, after, kernel, 1, kernel // 2)
+        self.shortcut = nn.Identity() if stride == 1 else _normed(before, after, 1, stride)
         self.act1, self.act2 = nn.ReLU(), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.act2(x + self.second(self.act1(self.first(x))))
+        y: Tensor = self.act2(self.shortcut(x) + self.second(self.act1(self.first(x))))
         return y
 
 
-def wide(side: int, classes: int, macs: float, drelus: float) -> tuple[Wide, Cost]:
-    """The residual network nearest to both numbers, over neither by more than the tolerance."""
-    best: tuple[float, tuple[int, int, int, int]] | None = None
-    for stride, blocks, kernel in itertools.product((1, 2, 4), range(1, 7), (1, 3, 5, 7, 9)):
-        size = -(-side // stride)
+def wide(side: int, classes: int, stages: int, macs: float, drelus: float) -> Shape:
+    """Equal to both numbers within the tolerance, and as like the searched network as may be: of as many
+    stages, if there is one, then with the smallest kernel, then the nearest. Where no shape is that near, the
+    nearest that is over neither number by more than the tolerance.
+    """
+    best: tuple[tuple[float, ...], Shape] | None = None
+    freedom = (range(1, stages + 1), range(1, 7), (3, 5, 7, 9), (1, 2, 4))
+    for number, blocks, kernel, stride in itertools.product(*freedom):
         for channels in range(2, 257):
-            relus = channels * size**2 * (1 + 2 * blocks)
-            spent = size**2 * channels * ((2 * stride + 1) ** 2 + 2 * blocks * channels * kernel**2)
-            if relus <= drelus * (1 + TOLERANCE) and spent <= macs * (1 + TOLERANCE):
-                apart = abs(np.log(relus / drelus)) + abs(np.log(spent / macs))
-                if best is None or apart < best[0]:
-                    best = (float(apart), (channels, blocks, kernel, stride))
+            shape = Shape(channels, number, blocks, kernel, stride)
+            ratios = [
+                found / given for found, given in zip(shape.costs(side, classes), (drelus, macs), strict=True)
+            ]
+            if max(ratios) > 1 + TOLERANCE:
+                break  # more channels are more of both
+            apart = sum(abs(math.log(ratio)) for ratio in ratios)
+            equal = min(ratios) >= 1 - TOLERANCE
+            rank = (0.0, -number, kernel, apart) if equal else (1.0, apart)
+            if best is None or rank < best[0]:
+                best = (rank, shape)
     assert best is not None
-    net = Wide(*best[1], classes)
-    return net, counts(net, (1, side, side))
+    return best[1]
 
 
 def counts(net: nn.Module, shape: tuple[int, ...]) -> Cost:
@@ -166,12 +192,14 @@ def compare(size: Size, command: str) -> list[dict[str, object]]:
         drelus = learned.predicted.drelus
         bare = replace(network, blocks=tuple(Block(("conv_3",), b.relu) for b in network.blocks))
         bare_space = replace(space, operators=tuple(dict.fromkeys((*space.operators, "conv_3"))))
+        predicted, stages = learned.predicted, len(space.blocks)
+        shape = wide(data.input_shape[1], len(data.classes), stages, predicted.macs, predicted.drelus)
         rivals = {
             "random gates": lambda seed, n=network, d=drelus: assemble(
                 space, random_gates(space, n, d, seed)
             ),
             "no extra operators": lambda seed, s=bare_space, b=bare: assemble(s, b),
-            "wide residual": lambda seed, p=learned.predicted: wide(28, 10, p.macs, p.drelus)[0],
+            "wide residual": lambda seed, s=shape: Wide(s, len(data.classes)),
         }
         mine = scores(lambda seed, n=network: assemble(space, n), data, teacher, size)
         print(
