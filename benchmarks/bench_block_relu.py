@@ -3,9 +3,9 @@
     python benchmarks/bench_block_relu.py            # hours on 2 cores; resumes when interrupted
 
 The demo network, the whole of Fashion-MNIST. Every variant gets the same epochs, recipe and seeds. Tightrope
-spends the first half of its epochs on the first plan, measures the options again in the tuned network, solves
-again and spends the other half on the refined plan (`tightrope refine`); a control trains its one plan
-throughout. The test split is read once per fine-tuned network, after everything was chosen.
+comes to the budget in stages (`tightrope refine --budget`): in the network that was fine-tuned at a larger
+one the options are measured again and chosen anew, and fine-tuning goes on from its weights; a control trains
+its one plan throughout. The test split is read once per fine-tuned network, after everything was chosen.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ MARGIN = 2.0  # points above the best control
 VARIANTS = ("tightrope", "uniform", "per_layer", "layers", "random")
 RECIPE = Recipe(precision="bf16-mixed")  # faster on a processor that has it
 METHOD = BlockReluMethod(samples=512, verify=300)
-SECOND = 1000  # added to the seed of the second half: another order of the images
+STAGES = ((2.5, 0.25), (1.5, 0.25), (1.0, 0.5))  # times the budget, share of the epochs
+NEXT = 1000  # added to the seed of the next stage: another order of the images
 Picked = Mapping[str, Any]
 Job = tuple[str, str, int, int]  # budget, variant, seed, epochs
 
@@ -51,7 +52,7 @@ def finetuned(job: Job, work: Path) -> dict[str, float]:
     """Test accuracy in % of one variant after fine-tuning, and its DReLUs; kept in a file of its own."""
     text, name, seed, epochs = job
     recipe = replace(RECIPE, epochs=epochs, seed=seed)
-    made_of = (work / "problem.npz").read_bytes() + repr((recipe, METHOD)).encode()
+    made_of = (work / "problem.npz").read_bytes() + repr((recipe, METHOD, STAGES)).encode()
     key = hashlib.sha256(made_of).hexdigest()[:12]  # results of another problem or recipe are not reused
     saved = work / f"{text.split('<=')[1]}-{name}-{seed}-{key}.json"
     if not saved.exists():
@@ -66,26 +67,34 @@ def finetuned(job: Job, work: Path) -> dict[str, float]:
             return place(graph, METHOD.choices(problem, picked), METHOD.rewrite).module
 
         if name == "tightrope":
-            half = replace(recipe, epochs=epochs / 2)
-            first = rewritten(select(problem, budget).picked)
-            tuned = finetune(first, data, teacher=base, recipe=half)
-            picked = select(METHOD.remeasure(problem, graph, tuned, data), budget).picked
-            model = rewritten(picked)
-            model.load_state_dict(tuned.state_dict())
-            recipe = replace(half, seed=seed + SECOND)
+            now, weights = problem, None
+            for k, (times, share) in enumerate(STAGES):
+                picked = select(now, _times(budget, times)).picked
+                model = rewritten(picked)
+                if weights is not None:
+                    model.load_state_dict(weights)
+                stage = replace(recipe, epochs=share * epochs, seed=seed + k * NEXT)
+                tuned = finetune(model, data, teacher=base, recipe=stage)
+                weights = tuned.state_dict()
+                if k + 1 < len(STAGES):
+                    now = METHOD.remeasure(problem, graph, tuned, data)
         else:
             picked = replace(METHOD, seed=seed).controls(problem, budget)[name]
-            model = rewritten(picked)
+            tuned = finetune(rewritten(picked), data, teacher=base, recipe=recipe)
         drelus = price(problem, picked).cost.drelus
         if drelus > budget.resolve(problem.baseline)["drelus"]:
             raise ValueError(f"{name} is over the budget {text}: {drelus}")
-        tuned = finetune(model, data, teacher=base, recipe=recipe)
         result = {"drelus": drelus} | {
             split: 100 * accuracy(tuned, data, split) for split in ("validation", "test")
         }
         saved.write_text(json.dumps(result))
     found: dict[str, float] = json.loads(saved.read_text())
     return found
+
+
+def _times(budget: Budget, factor: float) -> Budget:
+    (limit,) = budget.limits
+    return Budget((replace(limit, value=limit.value * factor),))
 
 
 def main() -> None:
