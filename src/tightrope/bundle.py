@@ -30,7 +30,7 @@ import numpy
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tightrope import __version__
 from tightrope.data import Data, Task, load, sample_sha256, view
@@ -318,11 +318,13 @@ class Bundle:
         model = apply(self.base(), plan, self.learned(plan))
         return _load_weights(self.path / "model.safetensors", model)
 
-    def rewritten(self) -> nn.Module:
+    def rewritten(self) -> fx.GraphModule:
         """The base under the plan as fine-tuning starts: with the weights of `save_start`, if any."""
         plan, start = self.plan(), self.path / START
         model = apply(self.base(), plan, self.learned(plan))
-        return _load_weights(start, model) if start.exists() else model
+        if start.exists():
+            _load_weights(start, model)
+        return model
 
     def save_start(self, tuned: nn.Module) -> None:
         """Let fine-tuning start from these weights, of the same base under another plan."""

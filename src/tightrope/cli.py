@@ -161,6 +161,9 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = RECIPE.lr,
     batch_size: Annotated[int, typer.Option(help="Images per step, all devices.")] = RECIPE.batch_size,
     hints: Annotated[float, typer.Option(help="Weight of the teacher's activations.")] = RECIPE.hints,
+    schedule: Annotated[
+        str, typer.Option(help="joint; for polynomials progressive, alternate or progressive+alternate too.")
+    ] = "joint",
     seed: Annotated[int, typer.Option(help="Of the order of the images.")] = RECIPE.seed,
     devices: Annotated[int, typer.Option(help="Devices per machine.")] = RECIPE.devices,
     nodes: Annotated[int, typer.Option(help="Machines.")] = RECIPE.nodes,
@@ -185,7 +188,7 @@ def finetune(
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
         view.say("  " + "  ".join(shown) + "  (before the batch-norm statistics are estimated anew)")
 
-    result = pipeline.train(opened, recipe, resume=not restart, log=show, warn=view.warn)
+    result = pipeline.train(opened, recipe, schedule=schedule, resume=not restart, log=show, warn=view.warn)
     if not result:  # not the first of several processes
         return None
     if test:

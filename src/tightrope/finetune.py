@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import nn
 from tightrope import checkpoint as disk
 from tightrope.data import Data
 from tightrope.errors import InputError
-from tightrope.evaluate import accuracy, count_hits, recalibrate
+from tightrope.evaluate import Batches, accuracy, count_hits, recalibrate
 from tightrope.hints import Watch, rewritten_sites, with_named_sites
 from tightrope.place import model_sha256
 from tightrope.reach import freeze
@@ -67,7 +67,7 @@ def finetune(
         cuda = [fabric.device] if fabric.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(cuda))
         rank, world = fabric.global_rank, fabric.world_size
-        run = _identity(model, teacher, data, recipe)
+        run = identity(model, teacher, data, recipe)
         found = None if checkpoint is None else disk.load(checkpoint, run)
         if teacher is not None and recipe.hints and watch is None and rewritten_sites(model):
             teacher = with_named_sites(teacher, data.input_shape)
@@ -130,22 +130,23 @@ def finetune(
             if world == 1 and not state.midway:
                 save()
             raise
-        some = min(images, CALIBRATION_BATCHES * recipe.batch_size)
         torch.manual_seed(recipe.seed)
-        recalibrate(
-            state.average,
-            data.batches("train", recipe.batch_size, seed=recipe.seed, augment=recipe.augment, limit=some),
-        )
-        freeze(
-            state.average,
-            ((x.to(fabric.device), y) for x, y in data.batches("train", recipe.batch_size, limit=some)),
-        )
+        recalibrate(state.average, calibration(data, recipe))
+        plain = calibration(data, replace(recipe, augment=False))
+        freeze(state.average, ((x.to(fabric.device), y) for x, y in plain))
         result = copy.deepcopy(model).cpu()
         result.load_state_dict({k: v.cpu() for k, v in state.average.state_dict().items()})
         return result.eval()
 
 
-def _identity(model: nn.Module, teacher: nn.Module | None, data: Data, recipe: Recipe) -> dict[str, Json]:
+def calibration(data: Data, recipe: Recipe) -> Batches:
+    """The training images that batch-norm statistics and scales are of."""
+    some = min(data.size("train"), recipe.limit or data.size("train"))
+    some = min(some, CALIBRATION_BATCHES * recipe.batch_size)
+    return data.batches("train", recipe.batch_size, seed=recipe.seed, augment=recipe.augment, limit=some)
+
+
+def identity(model: nn.Module, teacher: nn.Module | None, data: Data, recipe: Recipe) -> dict[str, Json]:
     """What a checkpoint must agree with."""
     return {
         "recipe": asdict(recipe),

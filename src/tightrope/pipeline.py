@@ -6,9 +6,10 @@ The command line is a thin layer over these; they can be called from Python just
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tightrope import turns
 from tightrope.bundle import DISTORTION, Bundle, write_json
 from tightrope.chain import finished
 from tightrope.choose import CALIBRATION, Chooser, exact_cost, freeze
@@ -33,7 +35,7 @@ from tightrope.methods import Learner
 from tightrope.place import model_sha256, place
 from tightrope.program import Program
 from tightrope.replan import pricing_of
-from tightrope.rewrite import measuring_method_of, tunable
+from tightrope.rewrite import apply, measuring_method_of, tunable
 from tightrope.runtimes import Estimate, Mode, Pricing, Runtime, runtime_type
 from tightrope.shard import Shard, launch
 from tightrope.solve.select import cheapest, price, select
@@ -218,13 +220,15 @@ def train(
     bundle: Bundle,
     recipe: Recipe,
     *,
+    schedule: str = "joint",
     resume: bool = True,
     log: Callable[[Mapping[str, Json]], None] | None = None,
     warn: Callable[[str], object] = warnings.warn,
 ) -> dict[str, float]:
     """Fine-tune the rewritten network with the base as teacher; freeze it; validation accuracies.
 
-    `warn` hears of a final network whose exact cost is above the budget.
+    `schedule`: everything at once, or polynomials in turns (`tightrope.turns`). `warn` hears of a final
+    network whose exact cost is above the budget.
 
     Several processes (`Recipe.devices`, `nodes`) each run this call; the first alone writes the bundle, and
     the others return {}. Raises BundleError when another command is writing the bundle.
@@ -239,12 +243,13 @@ def train(
     several = recipe.devices * recipe.nodes > 1
     shard = launch(recipe.devices, recipe.nodes, recipe.accelerator) if several else SINGLE
     with locked(bundle.path) if shard.first else nullcontext():
-        return _train(bundle, recipe, resume, log, warn, shard)
+        return _train(bundle, recipe, schedule, resume, log, warn, shard)
 
 
 def _train(
     bundle: Bundle,
     recipe: Recipe,
+    schedule: str,
     resume: bool,
     log: Callable[[Mapping[str, Json]], None] | None,
     warn: Callable[[str], object],
@@ -262,7 +267,13 @@ def _train(
         if log is not None:
             log(entry)
 
-    tuned = finetune(model, data, teacher=base, recipe=recipe, checkpoint=checkpoint, log=record)
+    if schedule == "joint":
+        tuned = finetune(model, data, teacher=base, recipe=recipe, checkpoint=checkpoint, log=record)
+    else:
+        tuned = turns.train(
+            model, partial(_without, bundle), data, schedule,
+            teacher=base, recipe=recipe, checkpoint=checkpoint, log=record,
+        )  # fmt: skip
     if not shard.first:
         return {}
     program = _frozen(bundle, tuned, data)
@@ -274,9 +285,17 @@ def _train(
         "validation_untuned": accuracy(model, data, "validation"),
         "validation": accuracy(tuned, data, "validation"),
     }
-    write_json(bundle.path / "accuracy.json", result | {"recipe": asdict(recipe)})
+    how = asdict(recipe) | ({} if schedule == "joint" else {"schedule": schedule})
+    write_json(bundle.path / "accuracy.json", result | {"recipe": how})
     checkpoint.unlink(missing_ok=True)  # last: until here, the same call goes on from it
     return result
+
+
+def _without(bundle: Bundle, names: Collection[str]) -> nn.Module:
+    """The rewritten network with these sites as they were."""
+    plan = bundle.plan()
+    choices = {site: choice for site, choice in plan.choices.items() if site not in names}
+    return apply(bundle.base(), replace(plan, choices=choices))
 
 
 def test(bundle: Bundle) -> dict[str, float]:
