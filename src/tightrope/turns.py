@@ -58,7 +58,7 @@ def train(
     data: Data,
     schedule: str,
     *,
-    teacher: nn.Module,
+    teacher: nn.Module | None = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     checkpoint: Path | None = None,
     log: Callable[[Record], None] | None = None,
