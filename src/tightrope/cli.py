@@ -164,6 +164,9 @@ def finetune(
     schedule: Annotated[
         str, typer.Option(help="joint; for polynomials progressive, alternate or progressive+alternate too.")
     ] = "joint",
+    scales: Annotated[
+        str, typer.Option(help="Of polynomials: static, ema or dynamic until they are frozen at the end.")
+    ] = RECIPE.scales,
     seed: Annotated[int, typer.Option(help="Of the order of the images.")] = RECIPE.seed,
     devices: Annotated[int, typer.Option(help="Devices per machine.")] = RECIPE.devices,
     nodes: Annotated[int, typer.Option(help="Machines.")] = RECIPE.nodes,
@@ -181,7 +184,7 @@ def finetune(
     opened = Bundle.open(bundle)
     recipe = Recipe(
         epochs=epochs, lr=lr, batch_size=batch_size, hints=hints, seed=seed, devices=devices, nodes=nodes,
-        accelerator=accelerator, precision=cast(Any, precision),
+        accelerator=accelerator, precision=cast(Any, precision), scales=cast(Any, scales),
     )  # fmt: skip
 
     def show(entry: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from tightrope.types import Json
 
 SEARCH_FLAGS = ("sites", "samples", "verify", "max_pool", "relu6", "seed")
 PRIVATE = ("mpc", "ckks")  # runtimes in which no party has both image and weights
-FINETUNE_FLAGS = ("epochs", "lr", "batch_size", "seed", "schedule")
+FINETUNE_FLAGS = ("epochs", "lr", "batch_size", "seed", "schedule", "scales")
 
 
 def missing(facts: Facts) -> dict[str, str]:

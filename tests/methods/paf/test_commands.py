@@ -57,16 +57,28 @@ def test_the_report_draws_every_polynomial(chosen, monkeypatch, capsys):
 def test_polynomials_learn_in_turns(chosen, tmp_path, monkeypatch, capsys):
     bundle = Bundle.open(shutil.copytree(chosen, tmp_path / "turns"))
     before = bundle.program().sha256()
-    given = ("finetune", bundle.path, "--schedule", "progressive", "--epochs", "0.1", "--json")
+    given = (
+        "finetune",
+        bundle.path,
+        "--schedule",
+        "progressive",
+        "--epochs",
+        "0.1",
+        "--scales",
+        "dynamic",
+        "--json",
+    )
     assert call(monkeypatch, *given) == 0
     records = [json.loads(line) for line in (bundle.path / "log.jsonl").read_text().splitlines()]
     turns = range(1, len(bundle.problem().tables) + 1)
     assert [(r["turn"], r["learns"]) for r in records] == [(turn, "both") for turn in turns]
     assert bundle.accuracy()["recipe"]["schedule"] == "progressive"
+    assert bundle.accuracy()["recipe"]["scales"] == "dynamic"
     assert bundle.program().sha256() != before
     assert call(monkeypatch, "report", bundle.path) == 0
     assert "--schedule progressive" in (bundle.path / "report.html").read_text()
     refused(monkeypatch, capsys, "finetune", bundle.path, "--schedule", "backwards", says="no such schedule")
+    refused(monkeypatch, capsys, "finetune", bundle.path, "--scales", "some", says="static, ema, dynamic")
 
 
 def test_a_budget_below_the_cheapest_polynomials_says_what_is_possible(tmp_path, monkeypatch, capsys):
