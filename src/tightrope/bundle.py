@@ -369,7 +369,7 @@ class Bundle:
         return read_json(path, ACCURACY_FORM) if path.exists() else {}
 
     def curve(self) -> list[dict[str, Json]]:
-        """The rows of `pipeline.curve`; [] before."""
+        """The rows of `budgets.curve`; [] before."""
         path = self.path / "curve.json"
         return read_json(path, CURVE_FORM) if path.exists() else []
 

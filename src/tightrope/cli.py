@@ -211,7 +211,7 @@ def curve(
     as_json: arg.AsJson = False,
 ) -> Json:
     """Accuracy against budget before any training, with the controls."""
-    from tightrope import pipeline
+    from tightrope import budgets
     from tightrope.bundle import Bundle
     from tightrope.decisions import decided
     from tightrope.report import formats
@@ -219,7 +219,7 @@ def curve(
 
     view, opened = View(as_json), Bundle.open(bundle)
     with view.progress() as progress:
-        rows = pipeline.curve(opened, points=points, limit=limit, progress=progress)
+        rows = budgets.curve(opened, points=points, limit=limit, progress=progress)
     names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
     metric = decided(opened.problem(), Budget.parse(opened.plan().budget).limits[0].metric)
     title = f"Validation accuracy before training, and {formats.metric(metric)}"

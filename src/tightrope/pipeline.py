@@ -21,25 +21,23 @@ from torch import nn
 from tightrope import turns
 from tightrope.bundle import DISTORTION, Bundle, write_json
 from tightrope.chain import finished
-from tightrope.choose import CALIBRATION, Chooser, exact_cost, freeze
+from tightrope.choose import Chooser, exact_cost, freeze
 from tightrope.data import Data
 from tightrope.donor import open_donor
 from tightrope.errors import InputError, TightropeError, TraceError
 from tightrope.evaluate import chance
-from tightrope.finetune import Recipe, accuracy, finetune, recalibrate
+from tightrope.finetune import Recipe, accuracy, finetune
 from tightrope.forms import parse
-from tightrope.graph import trace
 from tightrope.learning import EVERYTHING, Wanted, learn, learn_each
 from tightrope.lock import check_unlocked, locked
 from tightrope.methods import Learner
-from tightrope.place import model_sha256, place
+from tightrope.place import model_sha256
 from tightrope.program import Program
 from tightrope.replan import pricing_of
-from tightrope.rewrite import apply, measuring_method_of, tunable
+from tightrope.rewrite import apply, tunable
 from tightrope.runtimes import Estimate, Mode, Pricing, Runtime, runtime_type
 from tightrope.shard import Shard, launch
-from tightrope.solve.select import cheapest, price, select
-from tightrope.types import Budget, Cost, Json, Limit, Measurement, Problem
+from tightrope.types import Budget, Cost, Json, Measurement, Problem
 
 Progress = Callable[[str, int, int], None]
 SINGLE = Shard()
@@ -355,49 +353,3 @@ def test_images(data: Data, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
     x = torch.cat([b[0] for b in batches])[:count]
     y = torch.cat([b[1] for b in batches])[:count]
     return x.numpy(), y.numpy()
-
-
-def curve(
-    bundle: Bundle, *, points: int = 20, limit: int = 1000, progress: Progress = quiet
-) -> list[dict[str, Json]]:
-    """Solve the saved problem for many budgets; validation accuracy of each without any training.
-
-    Batch-norm statistics are re-estimated on training images first, for every plan and control alike.
-
-    At every third budget the method's controls are measured too. Raises InputError for less than one point,
-    or less than one image (`limit`).
-    """
-    for name, value in (("points", points), ("limit", limit)):
-        if value < 1:
-            raise InputError(f"{name} must be positive", got=value, allowed="1 or more")
-    plan = bundle.plan()
-    method = measuring_method_of(plan)  # first: a learned plan has no problem
-    problem, data = bundle.problem(), bundle.data()
-    metric = Budget.parse(plan.budget).limits[0].metric
-    graph = trace(bundle.base(), plan.input_shape)
-
-    def score(picked: Mapping[str, Any]) -> float:
-        module = place(graph, method.choices(problem, picked), method.rewrite).module
-        recalibrate(module, data.batches("train", 128, shuffle=True, limit=CALIBRATION))
-        return float(accuracy(module, data, "validation", limit=limit))
-
-    least = cheapest(problem, metric) / getattr(problem.baseline, metric)  # bytes, say, that no choice saves
-    rows: list[dict[str, Json]] = []
-    for k, share in enumerate(np.geomspace(max(0.02, least * (1 + 1e-9)), 1.0, points)):
-        budget = Budget((Limit(metric, float(share), relative=True),))
-        best = select(problem, budget)
-        entry: dict[str, Json] = {
-            "share": float(share),
-            "cost": best.cost.as_dict(),
-            "loss": best.loss,
-            "bound": best.bound,
-        }
-        entry["accuracy"] = {"tightrope": score(best.picked)}
-        if k % 3 == 0:
-            for name, picked in method.controls(problem, budget).items():
-                entry["accuracy"][name] = score(picked)
-                entry[name] = price(problem, picked).cost.as_dict()
-        rows.append(entry)
-        progress("accuracy against budget", k + 1, points)
-    write_json(bundle.path / "curve.json", rows)
-    return rows

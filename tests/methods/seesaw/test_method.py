@@ -165,6 +165,13 @@ def test_the_configuration_comes_back_from_json(found):
     assert isinstance(replace(found.predicted), Cost)
 
 
+def test_a_width_needs_to_suit_the_chosen_operators_only():
+    narrow = configure("seesaw", {"width": 2, "operators": "skip,conv_3"})
+    assert narrow.space_for(SHAPE, 3).shape(0)[0] == 4
+    with pytest.raises(InputError, match="multiple of 8 channels"):
+        configure("seesaw", {"width": 2, "operators": "all"}).space_for(SHAPE, 3)
+
+
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Search, fine-tune, run in the clear and under mpc, report."""

@@ -109,10 +109,12 @@ class SeesawMethod:
         """Raises InputError for images that the space cannot be for."""
         if len(input_shape) != 3:
             raise InputError("the space is one of networks for images", got=input_shape)
-        found = resolve(self.space, (input_shape[0], input_shape[1], input_shape[2]), classes, self.width)
         searched = self.aggregates == "searched"
-        return replace(
-            found,
+        return resolve(
+            self.space,
+            (input_shape[0], input_shape[1], input_shape[2]),
+            classes,
+            stem=self.width,
             operators=parse_operators(self.operators),
             borders=self.borders,
             pools=POOLS if searched else ("max",),

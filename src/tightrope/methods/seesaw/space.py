@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tightrope.errors import BundleError, InputError, near
 from tightrope.forms import mismatch
@@ -182,10 +182,10 @@ PRESETS: dict[str, Space] = {
 }
 
 
-def resolve(text: str, input_shape: tuple[int, int, int], classes: int, stem: int | None = None) -> Space:
+def resolve(text: str, input_shape: tuple[int, int, int], classes: int, **settings: Any) -> Space:
     """A published space by name, or blocks per stage such as `2,2,2`, for these images.
 
-    `stem`: its channels; None as published. Raises InputError for what is neither.
+    `settings`: other fields of `Space`, as published where not given. Raises InputError for what is neither.
     """
     words = [word.strip() for word in text.split(",")]
     if text in PRESETS:
@@ -196,11 +196,4 @@ def resolve(text: str, input_shape: tuple[int, int, int], classes: int, stem: in
         raise InputError(
             "unknown search space", got=text, allowed=near(text, PRESETS), fix="or blocks per stage: 2,2,2"
         )
-    return replace(
-        PRESETS["cifarsupermodel16"],
-        name=text,
-        input_shape=input_shape,
-        classes=classes,
-        blocks=blocks,
-        stem=stem or PRESETS["cifarsupermodel16"].stem,
-    )
+    return Space(text, input_shape, classes, blocks, **settings)
