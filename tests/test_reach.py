@@ -11,8 +11,9 @@ from torch import nn
 from stripes import CLASSES, QUICK, Stripes
 from tightrope.errors import InputError
 from tightrope.finetune import finetune
+from tightrope.methods.paf.library import paf
 from tightrope.nn import PolynomialActivation
-from tightrope.reach import MOMENTUM, Reach, activations, freeze, start
+from tightrope.reach import BOUND, GROWTH, MOMENTUM, Reach, activations, freeze, start, tame
 from tightrope.recipe import Recipe
 from tightrope.shard import start_fabric
 from tightrope.training import Training
@@ -77,6 +78,37 @@ def test_in_training_alone_a_polynomial_sees_nothing_far_beyond_its_scale():
     assert not net.eval()(x).isfinite().all()
     assert net.train()(x).isfinite().all()
     torch.testing.assert_close(net(x)[:, 2], net.eval()(x)[:, 2])
+
+
+def test_a_minimax_composite_is_kept_near_its_scale_and_its_coefficients_as_they_are():
+    minimax = PolynomialActivation.relu(paf("15,15,27").stages)
+    assert 1 <= tame(minimax) < 1.05
+    edge = torch.linspace(0, tame(minimax), 1001)
+    assert float(minimax(edge[:, None]).detach().abs().max()) <= GROWTH * 1.05
+    assert tame(act()) == tame(PolynomialActivation.relu([[0.0, 1.5, 0.0, -0.5]])) == BOUND
+    per_channel = PolynomialActivation(
+        [[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]], gated=False
+    )
+    assert tame(per_channel) == pytest.approx(GROWTH**0.1, abs=BOUND / 400)  # u^10 in the second channel
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), minimax, nn.Linear(8, CLASSES))
+    before = [stage.detach().clone() for stage in minimax.stages]
+    recipe = replace(QUICK, lr=0.05)
+    tuned = finetune(net, Stripes(), teacher=network(1), recipe=recipe)
+    assert all(torch.equal(a, b) for a, b in zip(before, tuned[2].stages, strict=True))
+    assert not torch.equal(tuned[1].weight, net[1].weight)
+
+
+def test_a_gradient_that_overflows_is_an_error_before_the_weights_change():
+    class Root(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 0).abs().sqrt()
+
+    net = nn.Sequential(*network()[:3], Root(), nn.Linear(8, CLASSES))
+    state = Training.start(net, None, Recipe(ema=0.0), start_fabric(1, 1, "cpu", "32-true"))
+    before = {name: p.detach().clone() for name, p in state.net.named_parameters()}
+    with pytest.raises(InputError, match="gradient is not finite"):
+        state.learn(*next(iter(Stripes().batches("train", 16))), 0.1)
+    assert all(torch.equal(p, before[name]) for name, p in state.net.named_parameters())
 
 
 def test_coefficients_learn_at_their_own_rate_without_decay_and_gradients_are_clipped():

@@ -18,6 +18,7 @@ from tightrope import turns
 from tightrope.errors import BundleError, InputError
 from tightrope.evaluate import accuracy
 from tightrope.graph import trace
+from tightrope.methods.paf.library import paf
 from tightrope.nn import PolynomialActivation
 from tightrope.recipe import Recipe
 
@@ -74,6 +75,19 @@ def test_every_parameter_has_one_turn_in_the_order_of_execution() -> None:
     named = [name for name, _ in net.named_parameters()]
     assert sorted(both.coefficients + both.weights) == sorted(named)
     assert both.coefficients == ("a.stages.0", "b.stages.0") and both.later == ()
+
+
+def test_coefficients_of_minimax_composites_have_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = without(())
+    net.a = PolynomialActivation.relu(paf("7,7,13").stages, scale=4.0)
+    first, second = turns.divide(net, progressive=True)
+    assert first.coefficients == () and second.coefficients == ("b.stages.0",)
+    assert not any(name.startswith("a.") for name in first.weights + second.weights)
+    net.b = net.a
+    fake = Fake(monkeypatch, [0.5, 0.5, 0.6, 0.4, 0.6])
+    recipe = Recipe(epochs=8)
+    turns.train(net, lambda names: net, Stripes(), "alternate", teacher=exact(), recipe=recipe)
+    assert [len(learning) for learning, _, _ in fake.groups] == [8, 8]  # weights alone, twice
 
 
 class Fake:

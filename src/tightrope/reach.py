@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from tightrope.evaluate import evaluating
 from tightrope.nn import PolynomialActivation
+from tightrope.nn.polynomial import composite
 
 MOMENTUM = 0.01  # of a scale that follows the largest input
-BOUND = 1.2  # scales that a polynomial sees in training: tuned ones stay bounded up to there
+BOUND = 1.2  # scales that a polynomial sees in training at most: tuned ones stay bounded up to there
+GROWTH = 2.0  # times its largest value within the scale, which a polynomial in training does not pass
+POINTS = 400
 
 
 def activations(model: nn.Module) -> dict[str, PolynomialActivation]:
@@ -21,9 +24,33 @@ def activations(model: nn.Module) -> dict[str, PolynomialActivation]:
 
 def start(model: nn.Module, scales: Literal["static", "ema", "dynamic"]) -> None:
     """Let the scales of a network in training stay, follow its inputs, or be those of each batch; and bound
-    what its polynomials see."""
+    what its polynomials see.
+
+    Coefficients of a gate that explodes right beyond its scale stay as they are: each stage of a minimax
+    composite begins exactly where the one before ends, so a step of one of them is enough to leave that.
+    """
     for m in activations(model).values():
-        m.dynamic, m.momentum, m.bound = scales == "dynamic", MOMENTUM if scales == "ema" else 0.0, BOUND
+        m.dynamic, m.momentum, m.bound = scales == "dynamic", MOMENTUM if scales == "ema" else 0.0, tame(m)
+        if not steerable(m):
+            m.stages.requires_grad_(False)
+
+
+def steerable(m: PolynomialActivation) -> bool:
+    """Whether the coefficients can be trained: see `start`."""
+    return not m.gated or tame(m) >= BOUND
+
+
+def tame(m: PolynomialActivation) -> float:
+    """How many scales away, from 1 to BOUND, the polynomial is at most GROWTH times its largest value within
+    the scale. Minimax composites leave 1 at once, and a few powers later a float."""
+    with torch.no_grad():
+        u = torch.linspace(0, BOUND, POINTS + 1, dtype=torch.float64)
+        stages = [stage.detach().cpu().double() for stage in m.stages]
+        channels = max(len(stage) if stage.dim() == 2 else 1 for stage in stages)
+        both = torch.cat([u, -u])[:, None].expand(-1, channels)
+        value = composite(stages, both)[-1].abs().nan_to_num(torch.inf).amax(1).view(2, -1).amax(0)
+    wild = value > GROWTH * value[u <= 1].max()
+    return max(1.0, float(u[~(wild.cumsum(0) > 0)].max()))
 
 
 def freeze(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -90,7 +90,10 @@ class Training:
         self.wrapped_optimizer.zero_grad()
         fabric.backward(loss)
         if recipe.clip and reach.activations(self.net):
-            fabric.clip_gradients(self.wrapped, self.wrapped_optimizer, max_norm=recipe.clip)
+            norm = fabric.clip_gradients(
+                self.wrapped, self.wrapped_optimizer, max_norm=recipe.clip, error_if_nonfinite=False
+            )
+            self._finite(float(norm), "the gradient")
         self.wrapped_optimizer.step()
         self.step += 1
         self._average()
@@ -108,10 +111,10 @@ class Training:
         for name in means.keys() - floats:
             means[name].copy_(now[name])
 
-    def _finite(self, value: float) -> float:
+    def _finite(self, value: float, what: str = "the loss") -> float:
         if not math.isfinite(value):
             raise InputError(
-                "training diverged: the loss is not finite",
+                f"training diverged: {what} is not finite",
                 where=f"step {self.step}",
                 got=value,
                 fix=f"a learning rate below {self.recipe.lr:g}",

@@ -21,6 +21,7 @@ from tightrope.errors import InputError
 from tightrope.evaluate import accuracy, recalibrate
 from tightrope.finetune import calibration, finetune, identity
 from tightrope.nn import PolynomialActivation
+from tightrope.reach import steerable
 from tightrope.recipe import Recipe
 
 SCHEDULES = ("joint", "progressive", "alternate", "progressive+alternate")
@@ -89,6 +90,8 @@ def train(
     state = dict(model.state_dict() if found is None else found.tensors)
 
     def learn(net: nn.Module, names: Collection[str], what: str) -> nn.Module:
+        if not names:
+            return net
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in names)
         own = replace(recipe, epochs=share, seed=(recipe.seed * GROUP_SEEDS + at.groups) % 2**32)
@@ -156,7 +159,8 @@ def divide(net: fx.GraphModule, *, progressive: bool) -> list[Turn]:
     """The turns of a traced network: one for each of its polynomial activations, or a single one for all.
 
     Weights learn in the turn of the first polynomial after them, in the order of execution; those after the
-    last polynomial in its turn. Raises InputError for a network without polynomials.
+    last polynomial in its turn. Coefficients of minimax composites do not learn (`reach.steerable`).
+    Raises InputError for a network without polynomials.
     """
     polynomials = {n: m for n, m in net.named_modules() if isinstance(m, PolynomialActivation)}
     order = [name for name in _called(net) if name in polynomials]
@@ -173,11 +177,11 @@ def divide(net: fx.GraphModule, *, progressive: bool) -> list[Turn]:
         else:
             for parameter, _ in net.get_submodule(name).named_parameters():
                 owner.setdefault(f"{name}.{parameter}", min(turn, len(order) - 1))
+    inside = {f"{name}.{p}" for name, m in polynomials.items() for p, _ in m.named_parameters()}
     coefficients = [
-        tuple(f"{name}.{parameter}" for parameter, _ in polynomials[name].named_parameters())
+        tuple(f"{name}.{p}" for p, _ in polynomials[name].named_parameters() if steerable(polynomials[name]))
         for name in order
     ]
-    inside = {parameter for names in coefficients for parameter in names}
     weights: list[list[str]] = [[] for _ in order]
     for parameter, _ in net.named_parameters():
         if parameter not in inside:

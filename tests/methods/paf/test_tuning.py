@@ -47,6 +47,30 @@ def test_a_bounded_polynomial_stays_bounded_beyond_its_scale(name, most):
     assert fit.tail <= BOUND and fit.rmse <= most
 
 
+@pytest.mark.parametrize("name", ["a7", "f1^2 g1^2"])
+def test_inner_stages_have_magnitude_one_and_the_composite_is_the_same(name):
+    histogram = Histogram.of(np.random.default_rng(0).standard_normal(20_000))
+    fit = tune([paf(name)], histogram, 1.5 * histogram.limit, relu, tries=3)
+    x = np.linspace(-1, 1, 20_001)
+    for stage in fit.paf.stages[:-1]:
+        x = np.polynomial.polynomial.polyval(x, stage)
+        assert np.abs(x).max() == pytest.approx(1, abs=1e-3)
+    assert measure(fit.paf, histogram, fit.scale, relu).rmse == pytest.approx(fit.rmse, rel=1e-9)
+
+
+def test_a_fit_does_not_run_wild_between_what_was_seen_and_its_scale():
+    histogram = Histogram.of(np.random.default_rng(0).standard_normal(20_000))
+    scale = 1.5 * histogram.limit
+    unseen = np.linspace(histogram.limit, scale, 100)
+    x = np.concatenate([unseen, -unseen])
+
+    def apart(floor):
+        fit = tune([paf("degree 7")], histogram, scale, relu, floor=floor)
+        return np.abs(scale * fit.paf(x / scale) - relu(x)).max()
+
+    assert apart(0.01) < 0.2 * scale < 0.2 * apart(0.0)
+
+
 @settings(max_examples=15, deadline=None)
 @given(degree=st.sampled_from([2, 3, 5, 7]), scale=st.floats(0.1, 30), seed=st.integers(0, 99))
 def test_one_stage_is_the_weighted_least_squares_solution(degree, scale, seed):

@@ -40,7 +40,8 @@ class PafMethod:
 
     `sites`: shell patterns of the activations to decide; the others stay as they are. `polynomials`: shell
     patterns of the library's names, separated by semicolons. `samples`: training images behind histograms and
-    losses. `margin`: the scale of a site over the largest input seen there. `max_pool`: "tournament" makes
+    losses. `margin`: the scale of a site over the largest input seen there; polynomials explode beyond their
+    scale, and among more images there are larger inputs. `max_pool`: "tournament" makes
     max-pools of ReLUs, each of which is a site then; "avg" makes average pools of them.
     """
 
@@ -48,7 +49,7 @@ class PafMethod:
     polynomials: str = "*"
     samples: int = 256
     batch_size: int = 64
-    margin: float = 1.0
+    margin: float = 1.5
     max_pool: Literal["tournament", "avg", "keep"] = "tournament"
     seed: int = 0
 

@@ -97,9 +97,10 @@ def tune(
         raise InputError("the scale of a polynomial must be positive and finite", got=scale)
     weight, x = histogram.counts / histogram.counts.sum(), histogram.centers
     if not starts[0].gated:
-        within = np.abs(x) <= scale
-        spread = (1 - floor) * weight + floor * within / max(1, within.sum())
-        return measure(_direct(starts[0], x, spread, scale, target), histogram, scale, target)
+        evenly = scale * (np.arange(len(x)) + 0.5) / len(x) * np.tile([1, -1], len(x) // 2)
+        points, shares = np.concatenate([x, evenly]), np.full(len(x), floor / len(x))
+        spread = np.concatenate([(1 - floor) * weight, shares])
+        return measure(_direct(starts[0], points, spread, scale, target), histogram, scale, target)
     used = weight > 0
     x, weight = x[used], weight[used]
     rng = np.random.default_rng(0)
@@ -113,7 +114,8 @@ def measure(paf: Paf, histogram: Histogram, scale: float, target: Callable[[Arra
     used = histogram.counts > 0
     x, weight = histogram.centers[used], histogram.counts[used] / histogram.counts.sum()
     u = x / scale
-    y = x * (1 + paf(u)) / 2 if paf.gated else scale * paf(u)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond the scale, where a composite explodes
+        y = x * (1 + paf(u)) / 2 if paf.gated else scale * paf(u)
     return Fit(paf, scale, _rms(y - target(x), weight), _tail(paf))
 
 
@@ -122,7 +124,8 @@ def _rms(residual: Array, weight: Array) -> float:
 
 
 def _tail(paf: Paf) -> float:
-    return float(np.abs(paf(np.linspace(0, REACH, 4001))).max())
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.abs(paf(np.linspace(0, REACH, 4001))).max())
 
 
 def _direct(start: Paf, x: Array, weight: Array, scale: float, target: Callable[[Array], Array]) -> Paf:
@@ -164,7 +167,7 @@ def _gated(
 
         with np.errstate(over="ignore", invalid="ignore"):  # a step too far is taken back
             vector = least_squares(residuals, vector, jacobian, method="lm", max_nfev=400).x
-        paf = replace(start, stages=_split(vector, start))
+        paf = _normalised(replace(start, stages=_split(vector, start)))
         error = x * (1 + paf(u)) / 2 - target(x)
         fit = Fit(paf, scale, _rms(error, weight), _tail(paf))
         best = fit
@@ -172,6 +175,21 @@ def _gated(
             break
     assert best is not None  # there is at least one penalty
     return best
+
+
+def _normalised(paf: Paf) -> Paf:
+    """The same composite with inner stages of magnitude 1 on [-1, 1].
+
+    p_2(p_1(u)) does not change when p_1 is divided by k and the coefficients of p_2 are multiplied by k^j; a
+    fit may drift along that. Values of 20 and their seventh powers would make training and CKKS imprecise.
+    """
+    stages = [np.array(stage) for stage in paf.stages]
+    values = _values(paf.stages, np.linspace(0, 1, TAIL_POINTS))
+    for k, value in enumerate(values[1:-1]):
+        size = float(np.abs(value).max()) or 1.0
+        stages[k] = stages[k] / size
+        stages[k + 1] = stages[k + 1] * size ** np.arange(len(stages[k + 1]))
+    return replace(paf, stages=tuple(tuple(map(float, stage)) for stage in stages))
 
 
 def _changed(paf: Paf, rng: np.random.Generator) -> Paf:
