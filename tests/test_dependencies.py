@@ -34,6 +34,7 @@ LOWER: dict[str, set[str]] = {
     "solve": {"errors", "types"},
     "data": {"errors", "forms", "types"},
     "checkpoint": {"errors", "forms", "types"},
+    "kept": {"errors", "types"},
     "evaluate": {"errors", "data"},
     "models": {"errors", "types"},
     "graph": {"errors", "types", "nn"},

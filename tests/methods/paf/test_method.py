@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from networks import Chain, TinyResNet, conv, images, plan_for, settle
-from tightrope.errors import BudgetError, InputError
+from tightrope.errors import BudgetError, BundleError, InputError
 from tightrope.graph import trace
 from tightrope.lower import lower
 from tightrope.methods.paf import PafMethod
@@ -25,7 +25,7 @@ from tightrope.methods.paf.tuning import Histogram
 from tightrope.rewrite import apply
 from tightrope.runtimes.ckks import CKKS
 from tightrope.runtimes.mpc import MPC
-from tightrope.runtimes.plain import ranges
+from tightrope.runtimes.plain import Plain, ranges
 from tightrope.solve.select import cheapest, price, select
 from tightrope.types import Budget, Cost, Problem, Step, Table
 
@@ -210,3 +210,38 @@ def test_bad_settings_are_refused(config, what):
 def test_patterns_of_names():
     assert matching("degree *;a7") == ("a7", "degree 7", "degree 5", "degree 3", "degree 2")
     assert matching("*") == tuple(reversed(names()))
+
+
+def test_an_interrupted_measurement_goes_on_and_other_images_or_settings_begin_anew(tmp_path):
+    graph, data = trace(settle(TinyResNet()), (3, 8, 8)), images((3, 8, 8))
+    method = PafMethod(**FEW)
+
+    def measure(method, data, done):
+        def progress(what, k, of):
+            done.append(what)
+            if done.count("loss of every polynomial") == stop:
+                raise KeyboardInterrupt
+
+        return method.measure(graph, data, cost=Plain(), workdir=tmp_path, progress=progress)
+
+    stop, first, second, third, changed = 2, [], [], [], []
+    with pytest.raises(KeyboardInterrupt):
+        measure(method, data, first)
+    assert len(list(tmp_path.iterdir())) == 2
+    stop = -1
+    problem = measure(method, data, second)
+    sites = len(problem.tables)
+    assert second.count("loss of every polynomial") == sites - 2
+    again = measure(method, data, third)
+    assert "loss of every polynomial" not in third
+    assert [t.loss.tobytes() for t in again.tables] == [t.loss.tobytes() for t in problem.tables]
+    fresh = method.measure(graph, data, cost=Plain(), workdir=None, progress=lambda *_: None)
+    assert [t.loss.tobytes() for t in fresh.tables] == [t.loss.tobytes() for t in problem.tables]
+    measure(replace(method, margin=2.0), data, changed)
+    assert changed.count("loss of every polynomial") == sites
+    changed.clear()
+    measure(replace(method, seed=1), data, changed)
+    assert changed.count("loss of every polynomial") == sites
+    (tmp_path / f"{problem.tables[0].site}.npz").write_bytes(b"PK")
+    with pytest.raises(BundleError, match="damaged"):
+        measure(replace(method, seed=1), data, [])

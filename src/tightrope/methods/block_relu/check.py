@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from tightrope import kept
 from tightrope.graph import Graph
 from tightrope.methods import Progress
-from tightrope.methods.block_relu import files
 from tightrope.methods.block_relu.distortion import Losses, Suffix, exact, upper_of
 from tightrope.nn.block_relu import Patch
 from tightrope.shard import Shard
@@ -69,7 +69,7 @@ def check(
     for done, site in enumerate(sites):
         mine = [i for i, probe in enumerate(picked) if probe.site is site]
         of_these = f"{key} {[(picked[i].channel, picked[i].k) for i in mine]}"
-        saved = files.read(workdir, _name(site), of_these)
+        saved = kept.read(workdir, _name(site), of_these)
         shard.barrier()  # nobody writes before everybody has read
         if saved is None:
             seen = seen or images()
@@ -85,7 +85,7 @@ def check(
             sums = shard.total(sums)
             saved = {"exact": (sums[:-1] / sums[-1]).numpy()}
             if shard.first:
-                files.write(workdir, _name(site), of_these, saved)
+                kept.write(workdir, _name(site), of_these, saved)
         measured[mine] = saved["exact"]
         progress("exact check", done + 1, len(sites))
     found: dict[str, Json] = {"verified": len(picked)}

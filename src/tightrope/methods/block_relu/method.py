@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tightrope import kept
 from tightrope.data import Data
 from tightrope.errors import InputError, TraceError
 from tightrope.graph import Graph, trace
 from tightrope.lower import lower
 from tightrope.methods import CostModel, Progress, Tiles
-from tightrope.methods.block_relu import files
 from tightrope.methods.block_relu.check import check, probes
 from tightrope.methods.block_relu.controls import Picked, controls
 from tightrope.methods.block_relu.distortion import Distortion, Losses, accumulate
@@ -114,7 +114,7 @@ class BlockReluMethod:
         feasible(Problem(*self._priced(program, sites, options, unknown, cost), {"prepared": prepared}))
         key = self._key(ready, program, data)
         keys = {s.name: f"{key} {options[s.name]}" for s in sites}
-        saved = {s.name: files.read(workdir, s.name, keys[s.name]) for s in sites}
+        saved = {s.name: kept.read(workdir, s.name, keys[s.name]) for s in sites}
         shard.barrier()  # nobody writes before everybody has read
         losses = {name: Losses(**arrays) for name, arrays in saved.items() if arrays is not None}
         passes = 0
@@ -128,7 +128,7 @@ class BlockReluMethod:
             losses |= fresh
             if shard.first:
                 for site in chunk:
-                    files.write(workdir, site.name, keys[site.name], vars(fresh[site.name]))
+                    kept.write(workdir, site.name, keys[site.name], vars(fresh[site.name]))
             progress("distortion", stop, len(missing))
         checked = check(
             ready,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tightrope import kept
 from tightrope.data import Data
 from tightrope.errors import InputError, TraceError
 from tightrope.graph import Graph
@@ -22,11 +25,11 @@ from tightrope.methods.paf.options import TARGETS, Fitted, fit, matching, offere
 from tightrope.methods.paf.sites import distortions, histograms
 from tightrope.nn.polynomial import PolynomialActivation, composite
 from tightrope.nn.tournament import MaxTournament
-from tightrope.place import Rewrite, place
+from tightrope.place import Rewrite, model_sha256, place
 from tightrope.program import Op, Polynomial, Program
 from tightrope.shard import Shard
 from tightrope.solve.along import levels
-from tightrope.types import ADDITIVE, ALONG, Budget, Json, Problem, Site, Step, Table, total
+from tightrope.types import ADDITIVE, ALONG, Budget, FloatArray, Json, Problem, Site, Step, Table, total
 
 SINGLE = Shard()
 SHOWN_BEYOND = 1e-4  # a larger share of inputs beyond the scale is noted
@@ -105,8 +108,9 @@ class PafMethod:
 
         The loss is the mean squared change of the network's outputs with that site alone replaced.
         `feasible` is called with all losses 0 once coefficients are known, which exact costs depend on.
-        Raises TraceError when the network
-        cannot be priced, InputError for sites and polynomials that do not exist.
+        `workdir` keeps the losses of one file per site, so that an interrupted measurement goes on.
+        Raises TraceError when the network cannot be priced, InputError for sites and polynomials that do not
+        exist.
         """
         names = matching(self.polynomials)
         prepared = self.preparation(graph)
@@ -141,18 +145,38 @@ class PafMethod:
         unmeasured = replace(unmeasured, meta=meta)
         feasible(unmeasured)
         choices = {s: [f.choice(name) for name, f in found.items()] for s, found in fits.items()}
-        graph.module.to(shard.device)
-        sums, images = distortions(
-            graph,
-            choices,
-            self.rewrite,
-            self._images(data, shard),
-            done=lambda done, of: progress("loss of every polynomial", done, of),
-        )
-        (count,) = shard.total(torch.tensor([float(images)])).tolist()
-        losses = {s: shard.total(torch.tensor(v)).numpy() / count for s, v in sums.items()}
+        losses = self._losses(graph, choices, data, workdir, progress, shard)
         tables = tuple(replace(t, loss=losses[t.site][None, :]) for t in unmeasured.tables)
         return replace(unmeasured, tables=tables)
+
+    def _losses(
+        self,
+        graph: Graph,
+        choices: Mapping[str, list[Json]],
+        data: Data,
+        workdir: Path | None,
+        progress: Progress,
+        shard: Shard,
+    ) -> dict[str, FloatArray]:
+        """By site, of every choice; those that `workdir` has are not measured again."""
+        images = hashlib.sha256()
+        for x in self._images(data, SINGLE):
+            images.update(x.contiguous().numpy().tobytes())
+        of_these = f"{model_sha256(graph.module)} {images.hexdigest()}"
+        keys = {s: f"{of_these} {json.dumps(found)}" for s, found in choices.items()}
+        saved = {s: kept.read(workdir, s, key) for s, key in keys.items()}
+        shard.barrier()  # nobody writes before everybody has read
+        losses = {s: arrays["loss"] for s, arrays in saved.items() if arrays is not None}
+        missing = {s: found for s, found in choices.items() if s not in losses}
+        graph.module.to(shard.device)
+        measured = distortions(graph, missing, self.rewrite, self._images(data, shard)) if missing else ()
+        for k, (site, sums, images_seen) in enumerate(measured):
+            (count,) = shard.total(torch.tensor([float(images_seen)])).tolist()
+            losses[site] = shard.total(torch.tensor(sums)).numpy() / count
+            if shard.first:
+                kept.write(workdir, site, keys[site], {"loss": losses[site]})
+            progress("loss of every polynomial", k + 1, len(missing))
+        return losses
 
     def _images(self, data: Data, shard: Shard) -> Iterator[Tensor]:
         batches = data.batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,27 +46,23 @@ def distortions(
     options: Mapping[str, Sequence[Json]],
     rewrite: Callable[[Site, nn.Module, Json], nn.Module],
     images: Iterable[Tensor],
-    *,
-    done: Callable[[int, int], object] = lambda *_: None,
-) -> tuple[dict[str, FloatArray], int]:
-    """Per site and choice, summed over the images: the mean squared change of the outputs when that site
+) -> Iterator[tuple[str, FloatArray, int]]:
+    """By site, for each choice, summed over the images: the mean squared change of the outputs when that site
     alone is replaced. And the number of images.
     """
     network = place(graph, {}, rewrite).module
     network.to(next(iter(graph.module.parameters())).device)
     sites = {s.name: s for s in graph.sites}
-    sums = {name: np.zeros(len(choices)) for name, choices in options.items()}
     batches = list(images)
     with torch.no_grad():
         wanted = [network(x) for x in batches]
-        for k, (name, choices) in enumerate(options.items()):
-            original = network.get_submodule(name)
-            for j, choice in enumerate(choices):
-                new = rewrite(sites[name], original, choice).eval()
-                network.set_submodule(name, new.to(batches[0].device))
+    for name, choices in options.items():
+        original, sums = network.get_submodule(name), np.zeros(len(choices))
+        for j, choice in enumerate(choices):
+            new = rewrite(sites[name], original, choice).eval()
+            network.set_submodule(name, new.to(batches[0].device))
+            with torch.no_grad():
                 for x, y in zip(batches, wanted, strict=True):
-                    apart = (network(x) - y).double().square().flatten(1).mean(1)
-                    sums[name][j] += float(apart.sum())
-            network.set_submodule(name, original)
-            done(k + 1, len(options))
-    return sums, sum(len(x) for x in batches)
+                    sums[j] += float((network(x) - y).double().square().flatten(1).mean(1).sum())
+        network.set_submodule(name, original)
+        yield name, sums, sum(len(x) for x in batches)

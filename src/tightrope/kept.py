@@ -30,7 +30,7 @@ def read(workdir: Path | None, name: str, key: str) -> Arrays | None:
             return {part: saved[part] for part in saved.files if part != "key"}
     except Exception as error:  # a damaged zip raises almost anything
         raise BundleError(
-            "a saved distortion file is damaged",
+            "a saved measurement is damaged",
             where=str(path),
             got=str(error),
             fix="delete the file; it is measured again",
