@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,14 +20,12 @@ def small(num_classes: int, in_channels: int) -> ResNet:
     return ResNet(8, ((8, 1, 2), (16, 1, 2)), num_classes, in_channels)
 
 
-def trained(data: Data, weights: Path, *, seed: int = 0) -> nn.Module:
-    """The network with ReLUs, from `weights`, or else trained (1.5 minutes of a core) and kept there."""
-    torch.manual_seed(seed)
-    net = small(len(data.classes), data.input_shape[0])
+def trained(net: nn.Module, data: Data, weights: Path, recipe: Recipe = RECIPE) -> nn.Module:
+    """The network with ReLUs, from `weights`, or else trained (`small`: 1.5 minutes of a core) and kept."""
     if weights.exists():
         net.load_state_dict(load_file(weights))
         return net.eval()
-    tuned = finetune(net, data, recipe=RECIPE)
+    tuned = finetune(net, data, recipe=recipe)
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tuned.state_dict().items()}, weights)
     return tuned

@@ -119,7 +119,7 @@ def published(graph: Graph, problem: Problem, teacher: nn.Module, data: Data) ->
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("budgets", "published"))
-    parser.add_argument("--bundle", type=Path, default=Path("runs/paf"))
+    parser.add_argument("--bundle", type=Path, default=Path("runs/paf-small"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     bundle = Bundle.open(given.bundle)

@@ -17,7 +17,7 @@ from tightrope.program import Program
 from tightrope.runtimes.ckks import lattigo
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.format import METADATA_BYTES, check_ciphertext, check_key
-from tightrope.runtimes.ckks.session import SIGMAS
+from tightrope.runtimes.ckks.inspection import SIGMAS
 from tightrope.runtimes.plain import evaluate
 
 pytest.importorskip("lattigo")
@@ -59,6 +59,20 @@ def test_an_encrypted_run_is_what_simulation_predicts(program: Program, session:
     assert session._link.received == measured.links["server->client"]
     for ours, theirs in zip(measured.ops, predicted.ops, strict=True):
         assert ours.op == theirs.op and ours.cost.ckks_levels == theirs.cost.ckks_levels
+
+
+def test_every_step_can_be_inspected(program: Program) -> None:
+    x = images(2)
+    circuit = compile_program(program, ToyCKKS().parameters)
+    with ToyCKKS(inspect=True, threads=1).open(program) as opened:
+        y, measured = opened.run(x.numpy())
+    found = measured.config["slots"]
+    assert list(found) == [step.name for step in circuit.steps]
+    for name, slots in found.items():
+        assert 0 < slots["error"] < slots["predicted"], name
+        assert slots["level"] == circuit.values[name].level
+    last = float(np.abs(y - evaluate(program, x).numpy()).max())
+    assert last == pytest.approx(found[circuit.output]["error"], rel=0.5)  # slots beside the output count too
 
 
 def test_the_server_knows_no_secret(session: Any) -> None:

@@ -42,7 +42,9 @@ class CKKS:
     squares: whether a quadratic between two layers takes one level instead of two, by completing the square.
     memory_bytes: what both processes together may take, 0 for four fifths of what is free; a session whose
     estimate is larger is refused. threads: images that the server works on at a time. timeout_s: how long the
-    client waits for an answer; port: of the server on the loopback, 0 for a free one.
+    client waits for an answer; port: of the server on the loopback, 0 for a free one. inspect: the server
+    also returns the result of every step, and the measurement's config says as `slots` the largest error in
+    each one's; for a machine of one's own, since a client learns the weights from that.
 
     Raises InputError for a value out of range.
     """
@@ -56,6 +58,7 @@ class CKKS:
     threads: int = 2
     timeout_s: float = 3600.0
     port: int = 0
+    inspect: bool = False
 
     name: ClassVar[str] = "ckks"
     ops: ClassVar[frozenset[str]] = OPS

@@ -27,6 +27,7 @@ from tightrope.runtimes.ckks.books import Books
 from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.evaluate import Spent
 from tightrope.runtimes.ckks.format import check_ciphertext
+from tightrope.runtimes.ckks.inspection import Inspection
 from tightrope.runtimes.ckks.link import (
     BOOT,
     EVALUATE,
@@ -67,6 +68,7 @@ class CKKSSession(Books):
     def __init__(self, program: Program, config: CKKS, circuit: Circuit) -> None:
         super().__init__(program, config, circuit)
         start = time.perf_counter()
+        self._inspection = Inspection(circuit) if config.inspect else None
         own, other = make_identity("client"), make_identity("server")
         limit = cost.estimate(circuit, config.threads).server_bytes
         self._process, errors = _start(program, config, circuit.parameters, own, other, limit)
@@ -153,7 +155,9 @@ class CKKSSession(Books):
             self.close()
             raise
         elapsed = (time.perf_counter() - start) * 1e3
-        more = {"setup_ms": self.setup_ms, "server_cpu_ms": cpu_ms}
+        more: dict[str, Json] = {"setup_ms": self.setup_ms, "server_cpu_ms": cpu_ms}
+        if self._inspection is not None:
+            more["slots"] = self._inspection.errors
         return np.stack(outputs), self.measured("execute", spent, self._memory_bytes, elapsed, **more)
 
     def _images(
@@ -162,24 +166,32 @@ class CKKSSession(Books):
         circuit = self.circuit
         level = circuit.values[circuit.input].level
         parts = [client.encrypt(row, level) for sample in x for row in self.packed(sample)]
-        value = circuit.values[circuit.output]
-        each = value.layout.ciphertexts
-        limit = circuit.parameters.ciphertext_bytes(value.level) + (1 << 12)
+        names = [step.name for step in circuit.steps] if self._inspection else [circuit.output]
+        expected = [name for name in names for _ in range(circuit.values[name].layout.ciphertexts)]
+        limit = circuit.parameters.ciphertext_bytes(circuit.parameters.levels) + (1 << 12)
         try:
             link.send(EVALUATE, {}, parts)
         except ProtocolError as lost:
             self._hear(link, lost)
-        about, results = self._expect(link, RESULT, RESULT_FORM, each * len(x), limit)
-        if len(results) != each * len(x):
+        about, results = self._expect(link, RESULT, RESULT_FORM, len(expected) * len(x), limit)
+        if len(results) != len(expected) * len(x):
             raise ProtocolError("the server sent another number of ciphertexts", got=len(results))
-        for data in results:
-            found = check_ciphertext(data, circuit.parameters, "the server's result")
-            if found != value.level:
-                raise ProtocolError(
-                    "the result is at another level than planned", got=found, allowed=value.level
-                )
-        slots = [client.decrypt(data) for data in results]
-        return [self.unpacked(slots[k : k + each]) for k in range(0, len(slots), each)], about
+        outputs = []
+        for k, sample in enumerate(x):
+            slots: dict[str, list[NDArray[np.float64]]] = {name: [] for name in names}
+            for name, data in zip(expected, results[k * len(expected) :], strict=False):
+                level = check_ciphertext(data, circuit.parameters, "the server's result")
+                if level != circuit.values[name].level:
+                    raise ProtocolError(
+                        "the result is at another level than planned",
+                        got=level,
+                        allowed=circuit.values[name].level,
+                    )
+                slots[name].append(client.decrypt(data))
+            if self._inspection is not None:
+                self._inspection.note(self.packed(sample), slots)
+            outputs.append(self.unpacked(slots[circuit.output]))
+        return outputs, about
 
     def _check_range(self, x: NDArray[np.float64]) -> None:
         largest, seen = float(np.abs(x).max()), self.program.ranges[Program.INPUT]
@@ -250,6 +262,7 @@ def _start(
         "threads": config.threads,
         "timeout_s": config.timeout_s,
         "weights_bytes": len(weights),
+        "inspect": config.inspect,
     }
     assert process.stdin is not None
     with contextlib.suppress(OSError):  # a dead process is noticed by its silence

@@ -29,7 +29,7 @@ from tightrope.program import Program
 from tightrope.runtimes.ckks import lattigo
 from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.compiler import compile_program
-from tightrope.runtimes.ckks.evaluate import evaluate
+from tightrope.runtimes.ckks.evaluate import Outcome, evaluate
 from tightrope.runtimes.ckks.format import boot_key_size, check_ciphertext, check_key, key_size
 from tightrope.runtimes.ckks.link import (
     BOOT,
@@ -74,7 +74,7 @@ def main() -> int:
     listener.close()
     link = Link(raw, context, "the client", about["timeout_s"])
     try:
-        serve(link, circuit, about["threads"])
+        serve(link, circuit, about["threads"], inspect=about["inspect"])
     except Exception as error:
         text = str(error) if isinstance(error, TightropeError) else f"{type(error).__name__}: {error}"
         with suppress(ProtocolError):
@@ -91,8 +91,8 @@ def _end_with_input() -> None:
     os._exit(2)
 
 
-def serve(link: Link, circuit: Circuit, threads: int) -> None:
-    """Take the keys of one client and answer it until it leaves.
+def serve(link: Link, circuit: Circuit, threads: int, *, inspect: bool) -> None:
+    """Take the keys of one client and answer it until it leaves; with the results of all steps to `inspect`.
 
     Raises ProtocolError for whatever is not as it must be.
     """
@@ -115,7 +115,7 @@ def serve(link: Link, circuit: Circuit, threads: int) -> None:
         size = threads * circuit.values[circuit.input].layout.ciphertexts
         limit = circuit.parameters.ciphertext_bytes(circuit.parameters.levels) + (1 << 12)
         while (message := link.receive(EVALUATE, size, limit)) is not None:
-            link.send(RESULT, *_answer(message[1], circuit, backend, pool))
+            link.send(RESULT, *_answer(message[1], circuit, backend, pool, inspect=inspect))
 
 
 def _receive_boot_keys(link: Link, left: int, path: Path) -> None:
@@ -143,7 +143,12 @@ def _keys(link: Link, circuit: Circuit) -> Iterator[tuple[int | None, bytes]]:
 
 
 def _answer(
-    parts: list[bytes], circuit: Circuit, backend: lattigo.Server, pool: ThreadPoolExecutor
+    parts: list[bytes],
+    circuit: Circuit,
+    backend: lattigo.Server,
+    pool: ThreadPoolExecutor,
+    *,
+    inspect: bool,
 ) -> tuple[dict[str, Any], list[bytes]]:
     value = circuit.values[circuit.input]
     each = value.layout.ciphertexts
@@ -155,14 +160,23 @@ def _answer(
             raise ProtocolError("an input is at another level", got=level, allowed=value.level)
     images = [parts[k : k + each] for k in range(0, len(parts), each)]
     cpu, wall = time.process_time(), time.perf_counter()
-    outcomes = list(pool.map(lambda image: evaluate(circuit, backend, image), images))
+    returned: list[list[bytes]] = [[] for _ in images]
+
+    def one(k: int) -> Outcome[bytes]:
+        def keep(name: str, made: list[bytes]) -> None:
+            if inspect or name == circuit.output:
+                returned[k].extend(made)
+
+        return evaluate(circuit, backend, images[k], keep)
+
+    outcomes = list(pool.map(one, range(len(images))))
     about = {
         "spent": [[asdict(spent) for spent in outcome.spent] for outcome in outcomes],
         "elapsed_ms": (time.perf_counter() - wall) * 1e3,
         "cpu_ms": (time.process_time() - cpu) * 1e3,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    return about, [data for outcome in outcomes for data in outcome.outputs]
+    return about, [data for image in returned for data in image]
 
 
 def peak_memory_bytes() -> int:

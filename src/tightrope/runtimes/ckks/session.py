@@ -19,6 +19,7 @@ from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.evaluate import evaluate
 from tightrope.runtimes.ckks.execute import CKKSSession
+from tightrope.runtimes.ckks.inspection import SIGMAS
 from tightrope.runtimes.ckks.simulated import Simulator
 from tightrope.types import Measurement
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 MODES = ("simulate", "execute")
 FREE_SHARE = 0.8
-SIGMAS = 6.0  # of the noise, behind the predicted error
 
 
 def open_session(program: Program, config: CKKS, mode: str) -> CKKSSession | SimulatedSession:
@@ -35,13 +35,15 @@ def open_session(program: Program, config: CKKS, mode: str) -> CKKSSession | Sim
     if mode not in MODES:
         raise InputError("unknown mode", where="ckks", got=mode, allowed=MODES)
     circuit = compile_program(
-        program if mode == "simulate" else program.public(), config.parameters, config.squares
+        program if mode == "simulate" or config.inspect else program.public(),
+        config.parameters,
+        config.squares,
     )
     return begin(program, config, circuit, mode)
 
 
 def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSession | SimulatedSession:
-    """A session of a compiled circuit. The client's has no weights in it."""
+    """A session of a compiled circuit. The client's has no weights in it, unless it inspects every step."""
     estimate = cost.estimate(circuit, config.threads)
     print(f"ckks: {estimate}", file=sys.stderr)
     if mode == "simulate":
