@@ -71,7 +71,8 @@ def search(
     `pricing`: settings of the runtime's prices, for mpc its `network` and `profile`.
     Interrupted, the same call goes on where it stopped. A bundle with a fine-tuned network or measurements
     is replaced only with `overwrite`. `wanted`: a task of its own, for a method that makes a network for one.
-    `runtime`: None for the method's. `warn` hears of a network that classifies no better than chance.
+    `runtime`: None for the method's. `warn` hears of a network, given or learned, that classifies no better
+    than chance.
     Raises a TightropeError before anything is written when the budget, the model or the data cannot be used.
     """
     limits = Budget.parse(budget)
@@ -81,11 +82,16 @@ def search(
         image_size=image_size, runtime=runtime, pricing=pricing,
     )  # fmt: skip
     if shard.first:
-        _warn_of_chance(donor.net, donor.images, warn)
+        fix = "Is it trained? Weights are read with --weights FILE.safetensors (weights=)"
+        _warn_of_chance("the network", donor.net, donor.images, warn, fix)
     chosen, cost, images, net, graph = donor.method, donor.cost, donor.images, donor.net, donor.graph
     about = donor.about
     if isinstance(chosen, Learner):
-        return learn(donor, wanted, limits, out, overwrite=overwrite, progress=progress, shard=shard)
+        bundle = learn(donor, wanted, limits, out, overwrite=overwrite, progress=progress, shard=shard)
+        if shard.first:
+            fix = "More epochs or images, or a larger budget"
+            _warn_of_chance("what was learned", bundle.rewritten(), bundle.data(), warn, fix)
+        return bundle
     wanted.refuse(method)
     chooser = Chooser(chosen, cost, limits, lambda: (graph, images))
     unchanged: list[Cost | None] = []
@@ -132,12 +138,12 @@ def search_each(
     return learn_each(open_donor(**donor), limits, out, overwrite=overwrite, progress=progress, shard=shard)
 
 
-def _warn_of_chance(net: nn.Module, images: Data, warn: Callable[[str], object]) -> None:
+def _warn_of_chance(what: str, net: nn.Module, images: Data, warn: Callable[[str], object], fix: str) -> None:
     recall, luck = chance(net, images)
     if recall <= luck:
         warn(
-            f"the network classifies no better than chance: {recall:.1%} of the validation images, classes "
-            "counting the same.\nIs it trained? Weights are read with --weights FILE.safetensors (weights=)"
+            f"{what} classifies no better than chance: {recall:.1%} of the validation images, classes "
+            f"counting the same.\n{fix}"
         )
 
 

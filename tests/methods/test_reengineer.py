@@ -172,7 +172,12 @@ def test_the_whole_way_and_what_it_refuses(tmp_path, monkeypatch, capsys):
         says="--method reengineer",
     )  # fmt: skip
     assert not out.exists()
-    assert call(monkeypatch, *base, "--classes", "3,5", *QUICK, "--out", out) == 0
+    with monkeypatch.context() as patched:
+        told = [(0.9, 0.2), (0.5, 0.6)]
+        patched.setattr(pipeline, "chance", lambda net, images: told.pop(0))
+        assert call(patched, *base, "--classes", "3,5", *QUICK, "--out", out) == 0
+    errors = capsys.readouterr().err
+    assert "what was learned classifies no better than chance: 50.0%" in errors and "--weights" not in errors
     assert call(monkeypatch, "apply", out, "--test") == 0
     capsys.readouterr()
     assert call(monkeypatch, "run", out, "--runtime", "onnx", "--count", "4", "--json") == 0
