@@ -69,11 +69,13 @@ def ours(path: Path) -> dict[str, Any]:
     }
 
 
-def peer(python: Path, parameters: Parameters, made: dict[str, Any], model: Path) -> dict[str, Any]:
+def peer(
+    python: Path, parameters: Parameters, made: dict[str, Any], model: Path, folder: Path
+) -> dict[str, Any]:
     """Keys and ciphertexts by the client of ours, in files; the evaluation in a process of the peer."""
     elements: Sequence[int] = made["galois_elements"]
     circuit: Any = SimpleNamespace(parameters=parameters, galois_elements=lambda: tuple(elements))
-    client, folder = lattigo.Client(circuit), model.parent
+    client = lattigo.Client(circuit)
     lattigo.write_keys(folder / "keys", client.make_keys(), len(elements))
     names = []
     for k, pixels in enumerate(made["images"]):
@@ -97,19 +99,27 @@ def main() -> None:
     parser.add_argument("--orion", type=Path, required=True, help="python of the peer's venv")
     parser.add_argument("--weights", type=Path, default=Path("runs/small.safetensors"))
     parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--work", type=Path, default=Path("runs/ckks-orion"), help="keeps the peer's network")
+    parser.add_argument("--train-only", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     accuracy = json.loads((asked.bundle / "accuracy.json").read_text())
     parameters = choose(12, 40, None)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
+    asked.work.mkdir(parents=True, exist_ok=True)
+    model, record = asked.work / "model", asked.work / "trained.json"
+    if not record.exists():
         made = ask(
-            asked.orion, do="train", weights=str(asked.weights.resolve()), model=str(model),
+            asked.orion, do="train", weights=str(asked.weights.resolve()), model=str(model.resolve()),
             epochs=asked.epochs, images=IMAGES, library=parameters.library(),
         )  # fmt: skip
-        print("orion", {k: made[k] for k in ("levels", "validation", "test")}, flush=True)
-        theirs = peer(asked.orion, parameters, made, model)
+        record.write_text(json.dumps(made))
+    made = json.loads(record.read_text())
+    print("orion", {k: made[k] for k in ("levels", "validation", "test")}, flush=True)
+    if asked.train_only:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = peer(asked.orion, parameters, made, model.resolve(), Path(folder))
     print(theirs, flush=True)
     mine = ours(asked.bundle)
     print(mine, flush=True)
