@@ -10,9 +10,11 @@ The first test image; classes and values are compared with those of the plain po
 from __future__ import annotations
 
 import argparse
-import resource
+import os
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,25 +33,45 @@ UNIFORM = ("degree 2", "f2 g2", "a7")
 
 @dataclass(frozen=True)
 class Encrypted:
-    """What the client found. `client_bytes`: the peak of its process; `maker_bytes`: of its key maker."""
+    """What the client found. `peak_bytes`: of its process and its children, the server and the key maker."""
 
     y: NDArray[np.float64]
     measured: Measurement
     setup_s: float
-    client_bytes: int
-    maker_bytes: int
+    peak_bytes: int
+
+
+class Together:
+    """Samples the resident memory of this process and its children; keys mapped from files count."""
+
+    def __init__(self) -> None:
+        self.peak_bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        own = os.getpid()
+        while not self._done.wait(0.2):
+            children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+            pages = 0
+            for pid in (own, *children):
+                with suppress(OSError):
+                    pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            self.peak_bytes = max(self.peak_bytes, pages * os.sysconf("SC_PAGE_SIZE"))
+
+    def end(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self.peak_bytes
 
 
 def encrypted(path: Path, runtime: CKKS, x: NDArray[np.float64]) -> Encrypted:
-    start = time.monotonic()
+    memory, start = Together(), time.monotonic()
     with runtime.open(Program.load(path), "execute") as session:
         setup_s = time.monotonic() - start
         print(f"keys after {setup_s:.0f} s", flush=True)
         y, measured = session.run(x)
-    own, maker = (
-        resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    return Encrypted(y, measured, setup_s, own, maker)
+    return Encrypted(y, measured, setup_s, memory.end())
 
 
 def simulated(path: Path, runtime: CKKS, x: NDArray[np.float64]) -> Measurement:
@@ -130,7 +152,7 @@ def whole(
     planned: dict[str, int],
 ) -> list[dict[str, object]]:
     measured, config = found.measured, found.measured.config
-    memory = found.client_bytes + max(measured.peak_memory_bytes, found.maker_bytes)
+    memory = found.peak_bytes
     minutes, cpu_ms = measured.total.online_ms / 6e4, config["server_cpu_ms"]
     error, limit = float(np.abs(found.y - want).max()), predicted.config["predicted_error"]
     spent = config["bootstraps"] - config["bootstraps_planned"]

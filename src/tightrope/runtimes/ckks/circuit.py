@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -197,6 +197,16 @@ class Circuit:
     def galois_elements(self) -> tuple[int, ...]:
         """The elements of the keys that the server needs, ascending."""
         return tuple(sorted({galois_element(k, self.parameters.log_n) for k in self.rotations()}))
+
+    def bare(self) -> Circuit:
+        """Without the numbers of its maps, which only a server or a simulation needs."""
+        steps = tuple(
+            replace(step, blocks={pair: block.bare() for pair, block in step.blocks.items()})
+            if isinstance(step, Affine)
+            else step
+            for step in self.steps
+        )
+        return replace(self, steps=steps)
 
     def diagonal_bytes(self) -> list[int]:
         """What the diagonals of every map take as numbers."""

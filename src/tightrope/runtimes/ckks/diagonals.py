@@ -32,11 +32,17 @@ class Block:
     """
 
     shifts: tuple[int, ...]
-    which: NDArray[np.int64]
-    at: NDArray[np.int64]
+    which: NDArray[np.int32]
+    at: NDArray[np.int32]
     values: NDArray[np.float64]
     period: int
     fold: bool
+
+    def bare(self) -> Block:
+        """Without the numbers: which diagonals there are."""
+        return replace(
+            self, which=self.which[:0].copy(), at=self.at[:0].copy(), values=self.values[:0].copy()
+        )
 
     def dense(self, slots: int) -> NDArray[np.float64]:
         """(diagonals, slots)."""
@@ -101,7 +107,8 @@ def blocks(matrix: Any, source: Layout, target: Layout, rotations: int) -> dict[
         mine = (r == pair[0]) & (c == pair[1])
         shifts, which = np.unique(shift[mine], return_inverse=True)
         values = entries.data[mine].astype(np.float64)
-        found[pair] = Block(tuple(map(int, shifts)), which, at[mine], values, period, rotations > 0)
+        places = which.astype(np.int32), at[mine].astype(np.int32)
+        found[pair] = Block(tuple(map(int, shifts)), *places, values, period, rotations > 0)
     return found
 
 

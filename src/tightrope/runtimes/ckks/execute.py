@@ -52,7 +52,9 @@ RESULT_FORM: Any = {
     "spent": [[{"step": str, "ms": Amount, "level": int}]], "cpu_ms": Amount, "peak_memory_bytes": int,
 }  # fmt: skip
 
-GARBAGE_PERCENT = "40"  # how far the library's heap grows before it is collected: keys fill most of it
+# How far the library's heap grows before it is collected, in percent: keys fill most of it. And the bytes
+# from which an array's memory goes back to the system at once: glibc would keep a gigabyte after compiling.
+MEMORY = {"GOGC": "40", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 INPUT_MARGIN = 1.25  # how far beyond its calibrated range an input may be
 KINDS: Mapping[str, type[TightropeError]] = {"InputError": InputError, "TraceError": TraceError}
 
@@ -247,7 +249,7 @@ def _start(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
-        env=os.environ | {"GOGC": GARBAGE_PERCENT, "GOMEMLIMIT": str(limit)},
+        env=os.environ | MEMORY | {"GOMEMLIMIT": str(limit)},
         start_new_session=True,  # an interrupt from the keyboard is the session's to handle
     )
     weights = program.weights()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -39,7 +41,16 @@ def open_session(program: Program, config: CKKS, mode: str) -> CKKSSession | Sim
         config.parameters,
         config.squares,
     )
+    if mode == "execute" and not config.inspect:
+        circuit = circuit.bare()
+        _trim()
     return begin(program, config, circuit, mode)
+
+
+def _trim() -> None:
+    """glibc keeps what large arrays took, a gigabyte after compiling a deep network; keys need it."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSession | SimulatedSession:
