@@ -21,7 +21,7 @@ from tightrope.methods.paf.library import Coefficients, Paf
 Array = NDArray[np.floating[Any]]
 BOUND, REACH = 1.1, 1.2  # |p| <= 1.1 up to 1.2 times the scale
 AIM = 1.09  # what the penalty aims at, so that between its points p stays below BOUND
-TAIL_POINTS = 241
+TAIL_POINTS, FLOOR_POINTS = 241, 500
 PENALTIES = (0.0, 1e-1, 1e0, 1e1, 1e2, 1e3)
 BINS = 1000
 TRIES, SPREAD = 10, 0.15  # starts beside the given ones, with coefficients changed by so much
@@ -90,23 +90,24 @@ def tune(
 
     A gated polynomial keeps its odd form and, with `tail`, |p| <= 1.1 up to 1.2 times the scale; the penalty
     is raised until that holds. The problem has local minima, so `tries` changed starts are tried too, always
-    the same ones. One stage that is not gated is a linear problem, solved in closed form; `floor` is the
-    share of the weight that lies evenly over the scale, so that it does not run wild where nothing was seen.
+    the same ones. One stage that is not gated is a linear problem, solved in closed form. `floor` is the
+    share of the weight that lies evenly over the scale, so that fits do not run wild where nothing was seen.
     """
     if not 0 < scale < np.inf:
         raise InputError("the scale of a polynomial must be positive and finite", got=scale)
-    weight, x = histogram.counts / histogram.counts.sum(), histogram.centers
+    used = histogram.counts > 0
+    x, weight = histogram.centers[used], histogram.counts[used] / histogram.counts.sum()
+    if floor:
+        evenly = scale * np.linspace(-1, 1, FLOOR_POINTS)
+        weight = np.concatenate([(1 - floor) * weight, np.full(FLOOR_POINTS, floor / FLOOR_POINTS)])
+        x = np.concatenate([x, evenly])
     if not starts[0].gated:
-        evenly = scale * (np.arange(len(x)) + 0.5) / len(x) * np.tile([1, -1], len(x) // 2)
-        points, shares = np.concatenate([x, evenly]), np.full(len(x), floor / len(x))
-        spread = np.concatenate([(1 - floor) * weight, shares])
-        return measure(_direct(starts[0], points, spread, scale, target), histogram, scale, target)
-    used = weight > 0
-    x, weight = x[used], weight[used]
+        return measure(_direct(starts[0], x, weight, scale, target), histogram, scale, target)
     rng = np.random.default_rng(0)
     changed = (_changed(starts[k % len(starts)], rng) for k in range(tries))
     fits = [_gated(start, x, weight, scale, target, tail) for start in (*starts, *changed)]
-    return min(fits, key=lambda fit: (tail and fit.tail > BOUND, fit.rmse))
+    best = min(fits, key=lambda fit: (tail and fit.tail > BOUND, fit.rmse))
+    return measure(best.paf, histogram, scale, target)
 
 
 def measure(paf: Paf, histogram: Histogram, scale: float, target: Callable[[Array], Array]) -> Fit:
