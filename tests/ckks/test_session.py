@@ -72,7 +72,7 @@ def test_every_step_can_be_inspected(program: Program) -> None:
         assert 0 < slots["error"] < slots["predicted"], name
         assert slots["level"] == circuit.values[name].level
     last = float(np.abs(y - evaluate(program, x).numpy()).max())
-    assert last == pytest.approx(found[circuit.output]["error"], rel=0.5)  # slots beside the output count too
+    assert 0 < last <= found[circuit.output]["error"] * 1.01  # slots beside the output count too
 
 
 def test_the_server_knows_no_secret(session: Any) -> None:

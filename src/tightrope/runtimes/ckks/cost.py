@@ -25,6 +25,12 @@ TRANSFORM_MS = 4.2e-7
 PRODUCT_MS = 3.0e-6
 COPY_MS = 8.0e-6
 KEY_MS = 1.0e-5
+# From a ResNet-20 with bootstraps on the same machine: of encoding a diagonal per N log2(N), beside its
+# transforms; of a byte of bootstrapping's keys; and of a whole bootstrap over its rotations and products,
+# with the garbage that it leaves to the next step.
+ENCODE_MS = 8.1e-6
+BOOT_KEY_MS = 2.9e-5
+REFRESH = 2.15
 MULTIPLICATIONS = {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 5}  # ciphertext products by degree
 KEY_COPIES = 3.2  # of the keys, while the server reads them: the mapped file, a copy, and the keys
 WORKING_CIPHERTEXTS = 40  # per image in work: hoisted decompositions and results of the largest step
@@ -93,8 +99,8 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
         maker_bytes=PROCESS_BYTES + int(MAKER_COPIES * boot) if boot else 0,
         server_bytes=PROCESS_BYTES + serving,
-        setup_ms=(key_bytes + boot) * KEY_MS,
-        image_ms=sum(step_ms(s, parameters, circuit.values) for s in circuit.steps),
+        setup_ms=key_bytes * KEY_MS + boot * BOOT_KEY_MS,
+        image_ms=sum(steps_ms(circuit).values()),
     )
 
 
@@ -109,8 +115,24 @@ def _dft_bytes(parameters: Parameters, slots: int) -> int:
     return sum(count * row for count, row in zip(counts, rows, strict=True)) * (8 << ring.log_n)
 
 
+def steps_ms(circuit: Circuit) -> dict[str, float]:
+    """By step, for one image. Diagonals are encoded once where the server keeps them, else every time."""
+    kept = sum(circuit.diagonal_bytes()) <= lattigo.KEPT_BYTES
+    found = {s.name: step_ms(s, circuit.parameters, circuit.values) for s in circuit.steps}
+    for step in circuit.steps:
+        if isinstance(step, Affine) and not kept:
+            found[step.name] += _encoding_ms(step, circuit.parameters)
+    return found
+
+
+def _encoding_ms(step: Affine, parameters: Parameters) -> float:
+    rows = step.level + 1 + len(parameters.p_bits)
+    one = ENCODE_MS * (parameters.log_n << parameters.log_n) + _ms(parameters, rows, 0)
+    return step.diagonals * one
+
+
 def step_ms(step: AnyStep, parameters: Parameters, values: Mapping[str, Value]) -> float:
-    """Transforms and products of a step's key switches, encodings and rescalings, and copies."""
+    """Transforms and products of a step's key switches and rescalings, and copies."""
     held = [values[name] for name in (*step.sources, step.name)]
     copied = sum(parameters.ciphertext_bytes(v.level) * v.layout.ciphertexts for v in held)
     if isinstance(step, Affine):
@@ -130,7 +152,7 @@ def refresh_ms(step: Refresh, parameters: Parameters) -> float:
     transforms, products = _switch(ring, ring.levels)
     turns = len(bootstrapping.rotations(ring.log_n, step.slots.bit_length() - 1))
     count = turns + bootstrapping.PRODUCTS
-    return _ms(ring, transforms * count, products * count)
+    return REFRESH * _ms(ring, transforms * count, products * count)
 
 
 def _affine_ms(step: Affine, parameters: Parameters) -> float:
@@ -139,7 +161,7 @@ def _affine_ms(step: Affine, parameters: Parameters) -> float:
     rows = step.level + 1 + len(parameters.p_bits)
     for block in step.blocks.values():
         baby, giant = steps(block.shifts, parameters.slots)
-        transforms += full[0] * len(giant) + rows * len(block.shifts)  # diagonals are encoded every time
+        transforms += full[0] * len(giant)
         products += full[1] * len(giant) + hoisted * len(baby) + 2 * rows * len(block.shifts)
     transforms += (full[0] + 2 * step.level) * step.outputs + full[0] * step.rotations * step.outputs
     products += full[1] * step.rotations * step.outputs
@@ -233,8 +255,9 @@ def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
     ranged = replace(program.public(), ranges=dict.fromkeys(names, 1.0) | dict(program.ranges))
     circuit = compile_program(ranged, config.parameters, config.squares)
     costs = op_costs(program, circuit, batch)
+    times = steps_ms(circuit)
     for step in circuit.steps:
-        costs[step.ops[-1]] += Cost(online_ms=batch * step_ms(step, circuit.parameters, circuit.values))
+        costs[step.ops[-1]] += Cost(online_ms=batch * times[step.name])
     levels = deepest(program, {name: cost.ckks_levels for name, cost in costs.items()})
     about = str(estimate(circuit, config.threads))
     return Predicted(costs, replace(total(costs.values()), ckks_levels=levels), about)

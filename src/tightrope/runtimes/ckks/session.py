@@ -92,14 +92,11 @@ class SimulatedSession(Books):
         outputs, spent, noise = [], [], 0.0
         simulator = Simulator(self.circuit)
         level = self.circuit.values[self.circuit.input].level
+        predicted = cost.steps_ms(self.circuit)
         for sample in x:
             inputs = simulator.encrypt(self.packed(sample), level)
             outcome = evaluate(self.circuit, simulator, inputs)
             outputs.append(self.unpacked([y.slots for y in outcome.outputs]))
-            predicted = {
-                s.name: cost.step_ms(s, self.circuit.parameters, self.circuit.values)
-                for s in self.circuit.steps
-            }
             spent.append([replace(one, ms=predicted[one.step]) for one in outcome.spent])
             noise = max(noise, *(y.noise for y in outcome.outputs))
         beyond = {name: count for name, count in simulator.beyond.items() if count}
