@@ -13,7 +13,7 @@ from tightrope.errors import InputError
 from tightrope.finetune import finetune
 from tightrope.methods.paf.library import paf
 from tightrope.nn import PolynomialActivation
-from tightrope.reach import BOUND, GROWTH, MOMENTUM, Reach, activations, freeze, start, tame
+from tightrope.reach import BOUND, GROWTH, MOMENTUM, Reach, activations, freeze, start, steerable, tame
 from tightrope.recipe import Recipe
 from tightrope.shard import start_fabric
 from tightrope.training import Training
@@ -96,6 +96,11 @@ def test_a_minimax_composite_is_kept_near_its_scale_and_its_coefficients_as_they
     tuned = finetune(net, Stripes(), teacher=network(1), recipe=recipe)
     assert all(torch.equal(a, b) for a, b in zip(before, tuned[2].stages, strict=True))
     assert not torch.equal(tuned[1].weight, net[1].weight)
+
+
+@pytest.mark.parametrize("name", ["7,7,13", "15,15,27", "a7", "f2 g2", "f1^2 g1^2"])
+def test_of_the_library_only_minimax_composites_cannot_be_steered(name):
+    assert steerable(PolynomialActivation.relu(paf(name).stages)) == (name[0] not in "71")
 
 
 def test_a_gradient_that_overflows_is_an_error_before_the_weights_change():

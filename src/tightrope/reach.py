@@ -14,6 +14,7 @@ from tightrope.nn.polynomial import composite
 
 MOMENTUM = 0.01  # of a scale that follows the largest input
 BOUND = 1.2  # scales that a polynomial sees in training at most: tuned ones stay bounded up to there
+STIFF = 1.05  # a gate that is tame only up to here has no room for its coefficients to move
 GROWTH = 2.0  # times its largest value within the scale, which a polynomial in training does not pass
 POINTS = 400
 
@@ -37,7 +38,7 @@ def start(model: nn.Module, scales: Literal["static", "ema", "dynamic"]) -> None
 
 def steerable(m: PolynomialActivation) -> bool:
     """Whether the coefficients can be trained: see `start`."""
-    return not m.gated or tame(m) >= BOUND
+    return not m.gated or tame(m) > STIFF
 
 
 def tame(m: PolynomialActivation) -> float:
