@@ -89,13 +89,13 @@ def test_a_fine_tuned_network_is_not_overwritten_unasked(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tightrope import pipeline
+    from tightrope import pipeline, replan
 
     def never(*args: object, **options: object) -> None:
         raise AssertionError("worked before finding out")
 
-    for long in ("trace", "select"):
-        monkeypatch.setattr(pipeline, long, never)
+    monkeypatch.setattr(pipeline, "open_donor", never)
+    monkeypatch.setattr(replan, "Chooser", never)
     before = {p.name: p.read_bytes() for p in tuned.iterdir() if p.is_file()}
     source = () if verb == "search" else (searched,)
     command = (verb, *source, "--budget", "drelus<=6%", "--out", tuned)
@@ -168,12 +168,13 @@ def test_ctrl_c_says_what_is_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tightrope import pipeline
+    from tightrope import budgets, pipeline
 
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, {"finetune": "train"}.get(verb, verb), interrupt)
+    home, name = {"finetune": (pipeline, "train"), "curve": (budgets, "curve")}.get(verb, (pipeline, verb))
+    monkeypatch.setattr(home, name, interrupt)
     command = (
         ("search", "--budget", "drelus<=9%", "--out", tmp_path) if verb == "search" else (verb, searched)
     )

@@ -44,7 +44,7 @@ class CKKS:
     estimate is larger is refused. threads: images that the server works on at a time. timeout_s: how long the
     client waits for an answer; port: of the server on the loopback, 0 for a free one. inspect: the server
     also returns the result of every step, and the measurement's config says as `slots` the largest error in
-    each one's; for a machine of one's own, since a client learns the weights from that.
+    each one's, bytes counted as without; for a machine of one's own, since a client learns the weights so.
 
     Raises InputError for a value out of range.
     """
