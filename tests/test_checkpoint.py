@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,15 @@ def test_interrupted_between_epochs(tmp_path: Path) -> None:
     assert same(tuned, finetune(network(), Stripes(), recipe=QUICK))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal: a process in the background is started with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path: Path) -> None:
     file = tmp_path / "run.safetensors"
 
