@@ -170,7 +170,8 @@ class CKKSSession(Books):
         parts = [client.encrypt(row, level) for sample in x for row in self.packed(sample)]
         names = [step.name for step in circuit.steps] if self._inspection else [circuit.output]
         expected = [name for name in names for _ in range(circuit.values[name].layout.ciphertexts)]
-        limit = circuit.parameters.ciphertext_bytes(circuit.parameters.levels) + (1 << 12)
+        largest = max(circuit.values[name].level for name in names)
+        limit = circuit.parameters.ciphertext_bytes(largest) + (1 << 12)
         try:
             link.send(EVALUATE, {}, parts)
         except ProtocolError as lost:
@@ -181,7 +182,8 @@ class CKKSSession(Books):
         outputs = []
         for k, sample in enumerate(x):
             slots: dict[str, list[NDArray[np.float64]]] = {name: [] for name in names}
-            for name, data in zip(expected, results[k * len(expected) :], strict=False):
+            returned = results[k * len(expected) : (k + 1) * len(expected)]
+            for name, data in zip(expected, returned, strict=True):
                 level = check_ciphertext(data, circuit.parameters, "the server's result")
                 if level != circuit.values[name].level:
                     raise ProtocolError(
