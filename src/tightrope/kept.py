@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def read(workdir: Path | None, name: str, key: str) -> Arrays | None:
             got=str(error),
             fix="delete the file; it is measured again",
         ) from error
+
+
+def digest(images: Iterable[Any]) -> str:
+    """SHA-256 of batches of tensors: the part of a key that says what was measured on."""
+    found = hashlib.sha256()
+    for x in images:
+        found.update(x.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def write(workdir: Path | None, name: str, key: str, arrays: Arrays) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -157,10 +156,8 @@ class BlockReluMethod:
 
     def _key(self, graph: Graph, program: Program, data: Data) -> str:
         """What saved losses depend on: weights, structure (`max_pool`, `relu6`), images and directions."""
-        digest = hashlib.sha256()
-        for x in self._images(data, SINGLE):
-            digest.update(x.contiguous().numpy().tobytes())
-        parts = (self.samples, self.directions, self.seed, data.name, digest.hexdigest())
+        images = kept.digest(self._images(data, SINGLE))
+        parts = (self.samples, self.directions, self.seed, data.name, images)
         return f"{model_sha256(graph.module)} {program.sha256()} {parts}"
 
     def _images(self, data: Data, shard: Shard) -> Iterator[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -159,10 +158,7 @@ class PafMethod:
         shard: Shard,
     ) -> dict[str, FloatArray]:
         """By site, of every choice; those that `workdir` has are not measured again."""
-        images = hashlib.sha256()
-        for x in self._images(data, SINGLE):
-            images.update(x.contiguous().numpy().tobytes())
-        of_these = f"{model_sha256(graph.module)} {images.hexdigest()}"
+        of_these = f"{model_sha256(graph.module)} {kept.digest(self._images(data, SINGLE))}"
         keys = {s: f"{of_these} {json.dumps(found)}" for s, found in choices.items()}
         saved = {s: kept.read(workdir, s, key) for s, key in keys.items()}
         shard.barrier()  # nobody writes before everybody has read
