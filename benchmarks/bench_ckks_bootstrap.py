@@ -15,7 +15,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -90,8 +90,6 @@ def plain(path: Path) -> tuple[NDArray[np.float64], int, NDArray[np.float64]]:
 
 def bootstraps(path: Path) -> dict[str, int]:
     """Planned for this network, and with one polynomial everywhere, at the levels that make them cheapest."""
-    from dataclasses import replace
-
     from tightrope.bundle import Bundle
     from tightrope.graph import trace
     from tightrope.lower import lower

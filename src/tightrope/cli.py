@@ -84,7 +84,7 @@ def search(
     wanted = Wanted(classes=classes, superclasses=superclasses, new_data=new_data)
     with view.progress() as progress:
         if wanted == EACH:
-            several = pipeline.search_each(**asked, progress=progress)
+            several = pipeline.search_each(**asked, progress=progress, warn=view.warn)
             return tasks(view, several) if shard.first else None
         bundle = pipeline.search(**asked, wanted=wanted, progress=progress, warn=view.warn)
     return _chosen(view, bundle) if shard.first else None

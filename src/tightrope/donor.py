@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import nn
 from tightrope import chain
 from tightrope import data as datasets
 from tightrope.data import Data
+from tightrope.evaluate import chance
 from tightrope.graph import Graph, trace
 from tightrope.methods import Learner, Method, configure
 from tightrope.runtimes import Pricing, runtime_type
@@ -62,3 +63,13 @@ def open_donor(
         "pricing": dict(cost.settings),
     }
     return Donor(net, trace(net, images.input_shape), images, chosen, cost, about, earlier)
+
+
+def warn_of_chance(what: str, net: nn.Module, images: Data, warn: Callable[[str], object], fix: str) -> None:
+    """Say it if the network is no better than guessing on validation images."""
+    recall, luck = chance(net, images)
+    if recall <= luck:
+        warn(
+            f"{what} classifies no better than chance: {recall:.1%} of the validation images, classes "
+            f"counting the same.\n{fix}"
+        )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tightrope import data as datasets
 from tightrope.bundle import LEARNING, Bundle
 from tightrope.data import Data, Task
-from tightrope.donor import Donor
+from tightrope.donor import Donor, warn_of_chance
 from tightrope.errors import InputError
 from tightrope.graph import Graph
 from tightrope.methods import Learned, Learner, Progress
@@ -83,9 +84,10 @@ def learn(
     *,
     overwrite: bool = False,
     progress: Progress,
+    warn: Callable[[str], object],
     shard: Shard,
 ) -> Bundle:
-    """One task: train within the budget, and write a bundle."""
+    """One task: train within the budget, write a bundle. `warn` hears of a network no better than chance."""
     method = donor.method
     assert isinstance(method, Learner)
     asked = ask(donor.images, wanted, donor.about["image_size"], int(getattr(method, "seed", 0)))
@@ -103,12 +105,22 @@ def learn(
         about = {**donor.about, "task": asked.to_json()}
         bundle = Bundle.create(out, about, donor.net, overwrite=overwrite)
         keep(bundle, method, learned, asked, budget, donor.about["model"], donor.graph, donor.chain)
+        net = method.rebuild(donor.graph, learned.choices, learned.tensors)
+        what = f"what was learned ({out})"
+        warn_of_chance(what, net, asked.data, warn, "More epochs or images, or a larger budget")
     shard.barrier()
     return Bundle(out)
 
 
 def learn_each(
-    donor: Donor, budget: Budget, out: Path, *, overwrite: bool = False, progress: Progress, shard: Shard
+    donor: Donor,
+    budget: Budget,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress,
+    warn: Callable[[str], object],
+    shard: Shard,
 ) -> list[Bundle]:
     """Every class against the rest: a bundle each, `out`/NUMBER-NAME. Processes take classes in turn.
 
@@ -128,7 +140,10 @@ def learn_each(
     own = waiting[shard.rank :: shard.world]
     for done, k in enumerate(own):
         one = Wanted(classes=str(k))
-        learn(donor, one, budget, paths[k], overwrite=overwrite, progress=lambda *_: None, shard=Shard())
+        learn(
+            donor, one, budget, paths[k],
+            overwrite=overwrite, progress=lambda *_: None, warn=warn, shard=Shard(),
+        )  # fmt: skip
         progress("tasks", done + 1, len(own))
     shard.barrier()
     return [Bundle(path) for path in paths]

@@ -23,9 +23,8 @@ from tightrope.bundle import DISTORTION, Bundle, write_json
 from tightrope.chain import finished
 from tightrope.choose import Chooser, exact_cost, freeze
 from tightrope.data import Data
-from tightrope.donor import open_donor
+from tightrope.donor import open_donor, warn_of_chance
 from tightrope.errors import InputError, TightropeError, TraceError
-from tightrope.evaluate import chance
 from tightrope.finetune import Recipe, accuracy, finetune
 from tightrope.forms import parse
 from tightrope.learning import EVERYTHING, Wanted, learn, learn_each
@@ -83,15 +82,13 @@ def search(
     )  # fmt: skip
     if shard.first:
         fix = "Is it trained? Weights are read with --weights FILE.safetensors (weights=)"
-        _warn_of_chance("the network", donor.net, donor.images, warn, fix)
+        warn_of_chance("the network", donor.net, donor.images, warn, fix)
     chosen, cost, images, net, graph = donor.method, donor.cost, donor.images, donor.net, donor.graph
     about = donor.about
     if isinstance(chosen, Learner):
-        bundle = learn(donor, wanted, limits, out, overwrite=overwrite, progress=progress, shard=shard)
-        if shard.first:
-            fix = "More epochs or images, or a larger budget"
-            _warn_of_chance("what was learned", bundle.rewritten(), bundle.data(), warn, fix)
-        return bundle
+        return learn(
+            donor, wanted, limits, out, overwrite=overwrite, progress=progress, warn=warn, shard=shard
+        )
     wanted.refuse(method)
     chooser = Chooser(chosen, cost, limits, lambda: (graph, images))
     unchanged: list[Cost | None] = []
@@ -127,6 +124,7 @@ def search_each(
     out: Path,
     overwrite: bool = False,
     progress: Progress = quiet,
+    warn: Callable[[str], object] = warnings.warn,
     shard: Shard = SINGLE,
     **donor: Any,
 ) -> list[Bundle]:
@@ -135,16 +133,9 @@ def search_each(
     `donor`: what `open_donor` takes; network and images are read once.
     """
     limits = Budget.parse(budget)
-    return learn_each(open_donor(**donor), limits, out, overwrite=overwrite, progress=progress, shard=shard)
-
-
-def _warn_of_chance(what: str, net: nn.Module, images: Data, warn: Callable[[str], object], fix: str) -> None:
-    recall, luck = chance(net, images)
-    if recall <= luck:
-        warn(
-            f"{what} classifies no better than chance: {recall:.1%} of the validation images, classes "
-            f"counting the same.\n{fix}"
-        )
+    return learn_each(
+        open_donor(**donor), limits, out, overwrite=overwrite, progress=progress, warn=warn, shard=shard
+    )
 
 
 def read_profile(path: Path) -> Json:

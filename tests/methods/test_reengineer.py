@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from commands import call, refused
-from tightrope import models, pipeline
+from tightrope import donor, models, pipeline
 from tightrope.bundle import Bundle
 from tightrope.data import load, parse_task, view
 from tightrope.errors import BudgetError, InputError
@@ -174,10 +174,13 @@ def test_the_whole_way_and_what_it_refuses(tmp_path, monkeypatch, capsys):
     assert not out.exists()
     with monkeypatch.context() as patched:
         told = [(0.9, 0.2), (0.5, 0.6)]
-        patched.setattr(pipeline, "chance", lambda net, images: told.pop(0))
+        patched.setattr(donor, "chance", lambda net, images: told.pop(0))
         assert call(patched, *base, "--classes", "3,5", *QUICK, "--out", out) == 0
     errors = capsys.readouterr().err
-    assert "what was learned classifies no better than chance: 50.0%" in errors and "--weights" not in errors
+    assert (
+        f"what was learned ({out}) classifies no better than chance: 50.0%" in errors
+        and "--weights" not in errors
+    )
     assert call(monkeypatch, "apply", out, "--test") == 0
     capsys.readouterr()
     assert call(monkeypatch, "run", out, "--runtime", "onnx", "--count", "4", "--json") == 0
