@@ -60,7 +60,7 @@ def test_the_single_polynomials_are_least_squares_fits():
     x = np.linspace(-1, 1, 20_001)
     for degree in SINGLE:
         p = paf(f"degree {degree}")
-        assert p.degrees == (degree,) and not p.gated and p.levels == (2, 2, 3, 3)[SINGLE.index(degree)]
+        assert p.degrees == (degree,) and not p.gated and p.levels == (1, 2, 2, 3, 3)[SINGLE.index(degree)]
         residual = p(x) - np.maximum(x, 0)
         assert np.abs(np.vander(x, degree + 1).T @ residual).max() < 1e-6 * len(x)  # normal equations
     assert paf("degree 2").multiplications == 1

@@ -43,7 +43,7 @@ MINIMAX: dict[str, tuple[tuple[int, ...], int]] = {  # degrees, bits of precisio
     "7,7,13": ((7, 7, 13), 10),
     "15,15,27": ((15, 15, 27), 13),
 }
-SINGLE = (2, 3, 5, 7)  # degrees of one polynomial in place of the whole activation
+SINGLE = (1, 2, 3, 5, 7)  # degrees of one polynomial in place of the whole activation
 # Of odd polynomials evaluated by odd baby steps and giant steps (Lee et al. 2022, table of MPCNN).
 ODD_MULTIPLICATIONS = {1: 0, 3: 2, 5: 3, 7: 5, 13: 7, 15: 8, 27: 10}
 GRID = 200_001

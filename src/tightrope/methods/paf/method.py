@@ -115,7 +115,8 @@ class PafMethod:
         prepared = self.preparation(graph)
         graph = place(graph, prepared, self.rewrite)
         sites = graph.match(self.sites, tuple(TARGETS))
-        labels = {s.name: offered(s.kind, names) for s in sites}
+        rounds = tuple(f"{pool}." for pool, how in prepared.items() if how["replace"] == "tournament")
+        labels = {s.name: offered(s.kind, names, compared=s.name.startswith(rounds)) for s in sites}
         for site in sites:
             if not labels[site.name]:
                 raise InputError(
@@ -256,12 +257,19 @@ def _priced(
     The baseline is the unchanged network, with the levels of the dearest polynomials; where the runtime
     cannot execute that, the network with the dearest polynomials altogether.
     """
-    program = _structure(graph, {name: found[-1] for name, found in labels.items()}, rewrite)
+    cheapest = {  # of those that keep layers apart: between activations of degree 1 they may merge
+        name: next((k for k in reversed(found) if structure(k)[0] != (1,)), found[-1])
+        for name, found in labels.items()
+    }
+    program = _structure(graph, cheapest, rewrite)
     spent = cost.prices(program)
     ops = {s.name: program.op(s.name) for s in sites}
     prices = {name: [cost.price(_as(op, label)) for label in labels[name]] for name, op in ops.items()}
-    for name, costs in prices.items():  # a quadratic between layers may take fewer levels than alone
-        costs[-1] = replace(costs[-1], ckks_levels=spent[name].ckks_levels)
+    for low in (cheapest, {name: found[-1] for name, found in labels.items()}):
+        among = spent if low is cheapest else cost.prices(_structure(graph, low, rewrite))
+        for name, label in low.items():  # between layers it may take fewer levels than alone
+            k = labels[name].index(label)
+            prices[name][k] = replace(prices[name][k], ckks_levels=among[name].ckks_levels)
     tables = []
     for name, costs in prices.items():
         priced = {m: np.array([getattr(c, m) for c in costs], np.float64) for m in (*ADDITIVE, *ALONG)}
@@ -280,7 +288,8 @@ def _priced(
         baseline = total(cost.prices(original).values())
         fixed = baseline + total(cost.price(original.op(name)) for name in ops).scaled(-1)
     except TraceError:
-        fixed = total(spent.values()) + total(costs[-1] for costs in prices.values()).scaled(-1)
+        least = (costs[labels[name].index(cheapest[name])] for name, costs in prices.items())
+        fixed = total(spent.values()) + total(least).scaled(-1)
         baseline = fixed + total(costs[0] for costs in prices.values())
     fixed, baseline = (replace(c, ckks_levels=0) for c in (fixed, baseline))
     if not all("ckks_levels" in table.cost for table in tables):

@@ -45,12 +45,15 @@ def matching(patterns: str) -> tuple[str, ...]:
     return tuple(name for name in reversed(names) if name in found)
 
 
-def offered(kind: str, names: Sequence[str]) -> tuple[str, ...]:
+def offered(kind: str, names: Sequence[str], compared: bool) -> tuple[str, ...]:
     """Those of `names` that can stand for an activation of this kind.
 
-    A composite approximates the sign, of which ReLU is made; the others are fitted directly.
+    A composite approximates the sign, of which ReLU is made; the others are fitted directly. Where two values
+    are `compared`, in the rounds of a max-pool, there is no degree 1: it would make an average pool of that,
+    which `max_pool` says outright, and its levels depend on the rounds beside it.
     """
-    return tuple(name for name in names if kind == "relu" or not paf(name).gated)
+    found = (name for name in names if kind == "relu" or not paf(name).gated)
+    return tuple(name for name in found if not (compared and paf(name).degrees == (1,)))
 
 
 @dataclass(frozen=True)

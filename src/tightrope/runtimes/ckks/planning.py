@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -54,6 +54,7 @@ class Planned:
 class Plan:
     """Sums are merged until a polynomial, the output or a second layer needs the value itself.
 
+    A polynomial of degree 1 is a part of the sums around it.
     squares: the quadratics a x^2 + b x + c that become a square, one level instead of two: the sum before
     adds b / 2a, the one after multiplies by a and adds the rest. Values of it are of magnitude one: `unit`.
     """
@@ -69,6 +70,11 @@ class Plan:
     def add(self, op: Op, needed: bool) -> None:
         if isinstance(op, Polynomial):
             inner = self.sums[op.inputs[0]]
+            if is_linear(op):
+                self._add_linear(op, inner)
+                if needed:
+                    self.materialise(op.name)
+                return
             if op.name in self.squares and inner.copy_of is None:
                 self._add_square(op, inner)
                 return
@@ -91,6 +97,13 @@ class Plan:
         self.sums[op.name] = compose(op, self.program, inputs)
         if needed:
             self.materialise(op.name)
+
+    def _add_linear(self, op: Polynomial, inner: Sum) -> None:
+        """A factor and a constant of a sum that is made anyway: no level, and the step is the layer's."""
+        self.pending.insert(0, op.name)
+        constant, factor = _coefficients(op, self.program)
+        made = scaled(inner, factor, np.zeros_like(factor))
+        self.sums[op.name] = replace(made, bias=made.bias + constant)
 
     def _add_square(self, op: Polynomial, inner: Sum) -> None:
         a, shift, rest, scale = _completed(op, self.program)
@@ -151,8 +164,7 @@ def _completed(op: Polynomial, program: Program) -> tuple[Vector, Vector, Vector
 
     Raises InputError where a is so small that the noise of the square would show.
     """
-    given = np.asarray(program.tensors.get(f"{op.name}.stage0", np.ones(3)), np.float64).reshape(-1, 3)
-    c, b, a = (np.broadcast_to(part, (op.shape[0],)) for part in given.T)
+    c, b, a = _coefficients(op, program)
     inside, outside = _scale(program, op.inputs[0]), _scale(program, op.name)
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = b / (2 * a)
@@ -160,16 +172,22 @@ def _completed(op: Polynomial, program: Program) -> tuple[Vector, Vector, Vector
         gain = np.abs(a) * scale**2 / outside
     if not (gain <= MAX_GAIN).all():
         worst = int(np.argmax(np.where(np.isfinite(gain), gain, np.inf)))
+        channel = worst // math.prod(op.shape[1:])
         raise InputError(
             "a quadratic has hardly a square, which would magnify the noise",
-            where=f"{op.name}, channel {worst}",
+            where=f"{op.name}, channel {channel}",
             got=f"{a[worst]:.3g} x^2 + {b[worst]:.3g} x + {c[worst]:.3g} on {inside:.3g}",
             fix="--no-squares (squares=False), which takes a level more for every quadratic",
         )
-    size = math.prod(op.shape[1:])
-    rest = c - a * shift**2
-    a, shift, rest, scale = (np.repeat(part, size) for part in (a, shift, rest, scale))
-    return a, shift, rest, scale
+    return a, shift, c - a * shift**2, scale
+
+
+def _coefficients(op: Polynomial, program: Program) -> list[Vector]:
+    """Of an op of one stage, ascending, each per element."""
+    count = op.stages[0] + 1
+    given = np.asarray(program.tensors.get(f"{op.name}.stage0", np.ones(count)), np.float64)
+    parts = (np.broadcast_to(part, (op.shape[0],)) for part in given.reshape(-1, count).T)
+    return [np.repeat(part, math.prod(op.shape[1:])) for part in parts]
 
 
 def _scale(program: Program, value: str) -> float:
@@ -193,6 +211,10 @@ def check(op: Op) -> None:
         )
 
 
+def is_linear(op: Op) -> bool:
+    return isinstance(op, Polynomial) and op.stages == (1,) and not op.gated
+
+
 def is_quadratic(op: Op) -> bool:
     return isinstance(op, Polynomial) and op.stages == (2,) and not op.gated
 
@@ -201,7 +223,7 @@ def plan(program: Program, squares: bool) -> Plan:
     """The steps and the levels that each spends. Raises TraceError for an op outside the runtime."""
     for op in program.ops:
         check(op)
-    polynomials = [op for op in program.ops if isinstance(op, Polynomial)]
+    polynomials = [op for op in program.ops if isinstance(op, Polynomial) and not is_linear(op)]
     direct = {v for op in polynomials for v in op.inputs} | {program.output}  # no sum takes what is left
     quadratic = {op.name for op in polynomials if is_quadratic(op)} - direct
     planned = Plan(program, frozenset(quadratic if squares else ()))
