@@ -19,7 +19,7 @@ from networks import Chain, settle
 from tightrope.errors import InputError, TraceError
 from tightrope.lower import lower
 from tightrope.nn import PolynomialActivation
-from tightrope.program import Program
+from tightrope.program import Conv2d, Op, Program
 from tightrope.runtimes.ckks import CKKS
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.diagonals import steps
@@ -47,6 +47,25 @@ def polynomial(net: Chain) -> nn.Module:
     return Chain(*map(smooth, net.steps)).eval()
 
 
+def reads_values(op: Op, program: Program) -> bool:
+    """Whether a convolution does not only see its padding."""
+    if not isinstance(op, Conv2d):
+        return True
+    ones = torch.ones(1, 1, *program.shape(op.inputs[0])[1:])
+    left, right, top, bottom = op.padding
+    seen = F.conv2d(
+        F.pad(ones, (left, right, top, bottom)), torch.ones(1, 1, *op.kernel), None, op.stride, 0, op.dilation
+    )
+    return bool(seen.any())
+
+
+def test_a_layer_that_reads_nothing_but_padding_is_refused() -> None:
+    net = Chain(nn.Conv2d(1, 1, 1, stride=2, padding=1), nn.Flatten()).eval()
+    program, _ = calibrated(net, (1, 1, 1))
+    with pytest.raises(TraceError, match="nothing but padding"):
+        compile_program(program, ToyCKKS(ring=6).parameters)
+
+
 def simulated_gap(program: Program, x: Tensor, ring: int) -> float:
     with ToyCKKS(ring=ring).open(program, "simulate") as session:
         y, measured = session.run(x.numpy())
@@ -66,6 +85,7 @@ def test_random_networks_are_packed_exactly(made: tuple[Chain, tuple[int, ...]],
     net, shape = made
     program, x = calibrated(polynomial(net), shape)
     assume(program.ops and all(op.kind in OPS for op in program.ops))
+    assume(all(reads_values(op, program) for op in program.ops))
     assert simulated_gap(program, x[:2], ring) < 1e-11
     circuit = compile_program(program, ToyCKKS(ring=ring).parameters)
     public = compile_program(program.public(), ToyCKKS(ring=ring).parameters)

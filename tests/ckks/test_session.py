@@ -17,7 +17,6 @@ from tightrope.program import Program
 from tightrope.runtimes.ckks import lattigo
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.format import METADATA_BYTES, check_ciphertext, check_key
-from tightrope.runtimes.ckks.inspection import SIGMAS
 from tightrope.runtimes.plain import evaluate
 
 pytest.importorskip("lattigo")
@@ -48,8 +47,8 @@ def test_an_encrypted_run_is_what_simulation_predicts(program: Program, session:
     with ToyCKKS().open(program, "simulate") as simulated:
         _, predicted = simulated.run(x.numpy())
     errors = np.abs(y - evaluate(program, x).numpy())
-    assert 0 < errors.max() < predicted.config["predicted_error"] < 1e-5
-    assert np.sqrt((errors**2).mean()) < predicted.config["predicted_error"] / SIGMAS  # the deviation itself
+    limit = predicted.config["predicted_error"]
+    assert limit / 20 < errors.max() < limit < 1e-5
     assert measured.total.ckks_levels == predicted.total.ckks_levels == measured.config["levels_planned"]
     assert measured.links == predicted.links
     assert sum(measured.links.values()) == measured.total.online_bytes

@@ -43,7 +43,7 @@ def test_the_plan_is_within_the_budget_and_runs(chosen, tmp_path, monkeypatch, c
 def test_the_report_draws_every_polynomial(chosen, monkeypatch, capsys):
     assert call(monkeypatch, "curve", chosen, "--points", "2", "--limit", "50", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["curve"]
-    assert {"tightrope", "uniform", "random", "degree 2"} <= set().union(*(row["accuracy"] for row in rows))
+    assert {"tightrope", "uniform", "random", "degree 1"} <= set().union(*(row["accuracy"] for row in rows))
     assert call(monkeypatch, "report", chosen) == 0
     page = (chosen / "report.html").read_text()
     bundle = Bundle.open(chosen)

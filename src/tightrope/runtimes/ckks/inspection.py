@@ -13,7 +13,6 @@ from tightrope.runtimes.ckks.simulated import Simulated, Simulator
 from tightrope.types import Json
 
 Slots = NDArray[np.float64]
-SIGMAS = 6.0  # of the noise, behind a predicted error
 
 
 class Inspection:
@@ -31,7 +30,7 @@ class Inspection:
             scale = circuit.values[name].scale
             pairs = zip(found[name], wanted, strict=True)
             error = scale * max(float(np.abs(got - want.slots).max()) for got, want in pairs)
-            predicted = scale * SIGMAS * max(want.noise for want in wanted)
+            predicted = scale * max(want.error for want in wanted)
             known = self.errors.get(name, {"error": 0.0})
             self.errors[name] = {
                 "error": max(error, known["error"]),

@@ -141,6 +141,8 @@ class Plan:
         total = self.sums[value]
         if total.copy_of is not None:
             return total.copy_of
+        if not any(matrix.nnz for matrix in total.terms.values()):
+            raise TraceError("a layer that reads nothing but padding has nothing to encrypt", where=value)
         sources = tuple(total.terms)
         depth = max(self.real[name][1] for name in sources) + 1
         self._emit(value, sources, total, depth, self.program.shape(value))

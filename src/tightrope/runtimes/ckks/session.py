@@ -21,7 +21,6 @@ from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.evaluate import evaluate
 from tightrope.runtimes.ckks.execute import CKKSSession
-from tightrope.runtimes.ckks.inspection import SIGMAS
 from tightrope.runtimes.ckks.simulated import Simulator
 from tightrope.types import Measurement
 
@@ -89,7 +88,7 @@ class SimulatedSession(Books):
         """
         x = np.ascontiguousarray(x, np.float64)
         self.program.check_input(x)
-        outputs, spent, noise = [], [], 0.0
+        outputs, spent, error = [], [], 0.0
         simulator = Simulator(self.circuit)
         level = self.circuit.values[self.circuit.input].level
         predicted = cost.steps_ms(self.circuit)
@@ -98,7 +97,7 @@ class SimulatedSession(Books):
             outcome = evaluate(self.circuit, simulator, inputs)
             outputs.append(self.unpacked([y.slots for y in outcome.outputs]))
             spent.append([replace(one, ms=predicted[one.step]) for one in outcome.spent])
-            noise = max(noise, *(y.noise for y in outcome.outputs))
+            error = max(error, *(y.error for y in outcome.outputs))
         beyond = {name: count for name, count in simulator.beyond.items() if count}
         if beyond:
             where = ", ".join(f"{name} ({count})" for name, count in beyond.items())
@@ -107,7 +106,7 @@ class SimulatedSession(Books):
             )
         elapsed = sum(one.ms for sample in spent for one in sample)
         memory = cost.estimate(self.circuit, self.config.threads).memory_bytes
-        error = SIGMAS * noise * self.circuit.values[self.circuit.output].scale
+        error *= self.circuit.values[self.circuit.output].scale
         measurement = self.measured(
             "simulate", spent, memory, elapsed, predicted_error=error, beyond_range=beyond
         )

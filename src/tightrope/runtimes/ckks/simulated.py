@@ -1,12 +1,13 @@
 """Ciphertexts in the clear that keep the books of real ones: level, noise, values beyond their range.
 
-The noise is the standard deviation of a slot. Every rescaling, key switch and encryption rounds each
-coefficient of a polynomial and multiplies the rounding by the secret: sqrt((h + 1) / 12) per coefficient for
-h nonzero ones, sqrt(N / 2) times that per slot (Kim et al. 2022, "Approximate homomorphic encryption with
-reduced approximation error", section 3). A map adds variances, a polynomial multiplies by its slope. Where a
-polynomial has coefficients of its own in every slot, its terms are rescaled by different primes and added as
-if these were the scale: primes are 1 modulo 2N, so on average N ln(scale) apart, and the farthest of L is
-L / 2 of these gaps away.
+The noise is drawn, a few times over, and goes through maps and polynomials as values do, so that what slots
+have in common adds up. Every rescaling, key switch and encryption rounds each coefficient of a polynomial
+and multiplies the rounding by the secret: sqrt((h + 1) / 12) per coefficient for h nonzero ones, sqrt(N /
+2) times that per slot (Kim et al. 2022, "Approximate homomorphic encryption with reduced approximation
+error", section 3). The value of the secret at a slot is Rayleigh distributed over the slots, and its
+product with a Gaussian Laplacian, with the tails of that. Where a polynomial has coefficients of its own in
+every slot, its terms are rescaled by different primes and added as if these were the scale: primes are 1
+modulo 2N, so on average N ln(scale) apart, and the farthest of L is L / 2 of these gaps away.
 """
 
 from __future__ import annotations
@@ -25,14 +26,23 @@ from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh,
 from tightrope.runtimes.ckks.parameters import Parameters
 
 KEY_SIGMA = 3.2  # of the coefficients of a key's noise
+DRAWS = 4
+MARGIN = 2.0  # of a predicted error over the largest of the draws: other keys and inputs draw others
 BEYOND = 1.0 + 1e-9  # calibrated ranges are where the values reach 1
 
 
 @dataclass(frozen=True)
 class Simulated:
+    """noise: (DRAWS, slots)."""
+
     slots: NDArray[np.float64]
     level: int
-    noise: float
+    noise: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """The largest that is expected of a slot."""
+        return MARGIN * float(np.abs(self.noise).max())
 
 
 def rounding(parameters: Parameters) -> float:
@@ -53,15 +63,15 @@ def switching(parameters: Parameters) -> float:
     return math.hypot(rounding(parameters), math.sqrt(key * parameters.slots) * 2.0**-parameters.scale_bits)
 
 
-def _evaluate(stage: Stage, part: int, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """The polynomial in every slot, and its steepest slope."""
+def _evaluate(stage: Stage, part: int, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """The polynomial in every slot, and its slope there."""
     c = stage.of(part)
     if not stage.each:
         y = np.asarray(chebyshev.chebval(x, c), np.float64)
-        return y, float(np.abs(chebyshev.chebval(x, chebyshev.chebder(c))).max())
+        return y, np.asarray(chebyshev.chebval(x, chebyshev.chebder(c)), np.float64)
     powers = np.arange(len(c))[:, None]
     slope = (powers[1:] * c[1:] * x ** (powers[1:] - 1)).sum(0)
-    return (c * x**powers).sum(0), float(np.abs(slope).max())
+    return (c * x**powers).sum(0), slope
 
 
 def _drift(parameters: Parameters) -> float:
@@ -79,10 +89,15 @@ class Simulator:
         self._rounding = rounding(circuit.parameters)
         self._switching = switching(circuit.parameters)
         self._drift = _drift(circuit.parameters)
+        self._generator = np.random.default_rng(0)
         self.beyond: dict[str, int] = {}
 
+    def _drawn(self, deviation: float | NDArray[np.float64]) -> NDArray[np.float64]:
+        draws = self._generator.laplace(scale=math.sqrt(0.5), size=(DRAWS, self._parameters.slots))
+        return np.asarray(draws * deviation, np.float64)
+
     def encrypt(self, slots: NDArray[np.float64], level: int) -> list[Simulated]:
-        return [Simulated(row, level, self._rounding) for row in slots]
+        return [Simulated(row, level, self._drawn(self._rounding)) for row in slots]
 
     def level(self, ciphertext: Simulated) -> int:
         return ciphertext.level
@@ -92,17 +107,20 @@ class Simulator:
         slots = self._parameters.slots
         made = []
         for r in range(step.outputs):
-            total, variance = step.bias[r].copy(), np.zeros(slots)
+            total, noise, variance = step.bias[r].copy(), np.zeros((DRAWS, slots)), np.zeros(slots)
             for c, x in enumerate(inputs):
                 if (block := step.blocks.get((r, c))) is None:
                     continue
                 for shift, diagonal in zip(block.shifts, block.dense(slots), strict=True):
                     total += diagonal * np.roll(x.slots, -shift)
-                    variance += diagonal**2 * (x.noise**2 + self._switching**2)
+                    noise += diagonal * np.roll(x.noise, -shift, 1)
+                    variance += diagonal**2 * self._switching**2
             for k in range(1, step.rotations + 1):
                 total += np.roll(total, -(slots >> k))
+                noise += np.roll(noise, -(slots >> k), 1)
                 variance += np.roll(variance, -(slots >> k)) + self._switching**2
-            made.append(Simulated(total, level, math.sqrt(variance.max() + self._rounding**2)))
+            noise += self._drawn(np.sqrt(variance + self._rounding**2))
+            made.append(Simulated(total, level, noise))
         return made
 
     def composite(self, step: Composite, inputs: Sequence[Simulated]) -> list[Simulated]:
@@ -114,11 +132,10 @@ class Simulator:
                 y, slope = _evaluate(stage, part, y)
                 rounded = float(np.abs(stage.of(part)).sum(0).max()) * self._rounding
                 drift = self._drift * float(np.abs(y).max()) if stage.each else 0.0
-                noise = math.hypot(slope * noise, rounded, drift)
+                noise = slope * noise + self._drawn(math.hypot(rounded, drift))
             if step.gated:
-                largest = [float(np.abs(v).max()) for v in (x.slots, y)]
+                noise = x.slots * noise + y * x.noise + self._drawn(self._rounding)
                 y = x.slots * y
-                noise = math.hypot(largest[0] * noise, largest[1] * x.noise, self._rounding)
             made.append(Simulated(y, level, noise))
         self._count(step, inputs)
         return made
@@ -127,7 +144,7 @@ class Simulator:
         self._count(step, inputs)
         made = []
         for x in inputs:
-            noise = math.hypot(2 * float(np.abs(x.slots).max()) * x.noise, self._rounding)
+            noise = 2 * x.slots * x.noise + self._drawn(self._rounding)
             made.append(Simulated(x.slots**2, self._spend(step.name, x.level, 1), noise))
         return made
 
@@ -136,7 +153,8 @@ class Simulator:
         for x in inputs:
             self._spend(step.name, x.level, bootstrapping.LEAST_LEVEL)
             slots = np.tile(x.slots[: step.slots], self._parameters.slots // step.slots)
-            noise = math.hypot(x.noise, bootstrapping.NOISE)
+            noise = x.noise + self._drawn(bootstrapping.NOISE)
+            noise = np.tile(noise[:, : step.slots], self._parameters.slots // step.slots)
             made.append(Simulated(slots, self._parameters.levels, noise))
         return made
 
