@@ -18,12 +18,14 @@ from deployment import Deployment, deployed
 
 from small_networks import images
 from tightrope.errors import InputError, ProtocolError
-from tightrope.program import Op, Program, Relu
+from tightrope.program import Conv2d, Op, Program, Relu
 from tightrope.runtimes.mpc import MPC, costs, team
 from tightrope.runtimes.mpc.channel import Channel, Clock
+from tightrope.runtimes.mpc.duties import House
 from tightrope.runtimes.mpc.frame import ANSWER, ASK
 from tightrope.runtimes.mpc.keys import Role, read_credentials
 from tightrope.runtimes.mpc.party import terms
+from tightrope.runtimes.mpc.rations import Rations
 from tightrope.runtimes.mpc.remote import ask_health, dial
 from tightrope.runtimes.mpc.service import Log
 from tightrope.runtimes.mpc.settings import read_settings
@@ -269,6 +271,50 @@ def test_a_service_takes_as_many_sessions_as_it_has_places(tmp_path: Path) -> No
             session.run(images(1).numpy())
         wait_for(lambda: d.events("server", "session_end"))
         check(d)
+
+
+def test_a_client_gets_so_many_images_an_hour(tmp_path: Path) -> None:
+    """Over all of its sessions; what would be more is refused before anything of it is revealed."""
+    d = deployed(tmp_path)
+    d.write("server", limits="images = 3")
+    x = images(2).numpy()
+    with d.service("server"), d.service("dealer"):
+        with d.client().session(2) as session:
+            session.run(x)
+        with d.client().session(2) as session, pytest.raises(ProtocolError, match="images of this hour"):
+            session.run(x)
+        with d.client().session(1) as session:
+            session.run(x[:1])
+        wait_for(lambda: len(d.events("server", "session_end")) == 3)
+        assert [line["images"] for line in d.events("server", "session_end")] == [2, 0, 1]
+
+
+def test_rations_come_back_after_an_hour_and_are_of_one_certificate() -> None:
+    now = [0.0]
+    rations = Rations(5, lambda: now[0])
+    rations.take("a", 3)
+    now[0] = 1800.0
+    rations.take("a", 2)
+    for moment, left in ((3599.0, 0), (3600.0, 3), (5400.0, 5)):
+        now[0] = moment
+        with pytest.raises(ProtocolError, match=f"{left} more"):
+            rations.take("a", left + 1)
+    rations.take("b", 5)
+    Rations(0).take("a", 10**9)
+
+
+def test_a_service_whose_weights_do_not_fit_says_so_before_it_opens_and_not_how_large_they_are(
+    tmp_path: Path,
+) -> None:
+    d = deployed(tmp_path)
+    name = next(op.name for op in d.program.ops if isinstance(op, Conv2d))
+    bias = d.program.tensors[f"{name}.bias"]
+    tensors = {**d.program.tensors, f"{name}.bias": np.full_like(bias, 31415.9265)}
+    replace(d.program, tensors=tensors).save(d.home / "server")
+    d.write("server", mpc="ring_bits = 32\nfraction_bits = 12\nweight_bits = 13")
+    with pytest.raises(InputError, match="does not fit the ring") as error:
+        House.load(read_settings(d.home / "server.toml"))
+    assert name in str(error.value) and "3.14" not in str(error.value) and "31415" not in str(error.value)
 
 
 def test_two_clients_at_the_same_time(served: Deployment) -> None:

@@ -15,10 +15,12 @@ from tightrope.program import Program
 from tightrope.runtimes.mpc import control, gates
 from tightrope.runtimes.mpc.channel import Channel
 from tightrope.runtimes.mpc.cost import of_schedule
+from tightrope.runtimes.mpc.fixed import check_weights
 from tightrope.runtimes.mpc.frame import ANSWER
 from tightrope.runtimes.mpc.keys import Credentials, Role, read_credentials
 from tightrope.runtimes.mpc.party import terms
 from tightrope.runtimes.mpc.prg import SESSION_BYTES
+from tightrope.runtimes.mpc.rations import Rations
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
 from tightrope.runtimes.mpc.settings import Settings
 from tightrope.runtimes.mpc.stock import NAME, About, Lot, Stock
@@ -50,6 +52,8 @@ class House:
         server = settings.role == "server"
         program = Program.load(settings.program, weights=server)
         schedule = compile_program(program, settings.mpc)
+        if server:
+            check_weights(schedule.steps, program.tensors)
         own = read_credentials(settings.certificates, settings.role)
         weights = hashlib.sha256(program.weights()).hexdigest() if server else ""
         per_sample = of_schedule(program, schedule, 1).total.offline_bytes
@@ -80,12 +84,15 @@ class House:
 
 @dataclass
 class Duty:
-    """One session of a service. `idle`: nothing would be lost if it ended now."""
+    """One session of a service. `images`: how many it has classified so far. `idle`: nothing would be lost if
+    it ended now."""
 
     house: House
     worker: Worker
     channels: Mapping[Role, Channel]
+    rations: Rations
     lot: Lot | None = None
+    images: int = 0
     shared_weights: bool = False
 
     @property
@@ -127,6 +134,9 @@ def _play(duty: Duty, order: Mapping[str, Json]) -> dict[str, Json]:
                 raise ProtocolError("the lot is for other batches", allowed=duty.lot.about.batch)
             number = _whole(order, "number", 1, MAX_BATCHES)
             stack.enter_context(supplied(duty.worker.party, duty.lot, number))
+        if command == "online":
+            duty.rations.take(duty.channels["client"].certificate, size)
+            duty.images += size
         report, _ = duty.worker.obey(command, size, None)
     duty.shared_weights = True
     return control.report_to_json(report)

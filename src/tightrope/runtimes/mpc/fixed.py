@@ -6,7 +6,7 @@ torch's integer convolution and matmul are exact in these rings and the fastest 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -31,7 +31,7 @@ from tightrope.program import (
     Upsample,
 )
 from tightrope.runtimes.mpc.prg import WORDS
-from tightrope.runtimes.mpc.steps import Local, Multiply, RevealLabel, Wire
+from tightrope.runtimes.mpc.steps import Local, Multiply, RevealLabel, Step, Wire
 from tightrope.runtimes.mpc.terms import Term
 from tightrope.runtimes.mpc.tournament import Difference, Winners
 
@@ -77,7 +77,10 @@ def tensor(x: NDArray[Any], shape: tuple[int, ...]) -> Tensor:
 
 
 def encode_weights(step: Multiply, tensors: Mapping[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of a layer in the ring: the input's multiplier goes into the weight."""
+    """(weight, bias) of a layer in the ring: the input's multiplier goes into the weight.
+
+    Raises InputError, which says nothing of the value, where one does not fit.
+    """
     name, ring_bits = step.kernel.name, step.output.ring_bits
     if isinstance(step.kernel, Term):
         real, added = step.kernel.tensors(tensors)
@@ -87,8 +90,20 @@ def encode_weights(step: Multiply, tensors: Mapping[str, NDArray[Any]]) -> tuple
         weight = encode(real * step.input.mu, step.weight_bits, ring_bits)
         bias = encode(added, step.output.scale, ring_bits)
     except InputError as error:
-        raise InputError(f"weights of {name}: {error}") from error
+        raise InputError(
+            "a weight or bias of this layer does not fit the ring",
+            where=name,
+            allowed=f"{ring_bits} bits, {step.weight_bits} and {step.output.scale} of them fractional",
+            fix="fewer fractional bits, or the larger ring",
+        ) from error
     return weight, per_channel(bias, step.output.shape)
+
+
+def check_weights(steps: Iterable[Step], tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Raises InputError for a layer whose weights do not fit the ring: before anybody connects."""
+    for step in steps:
+        if isinstance(step, Multiply):
+            encode_weights(step, tensors)
 
 
 def multiply(op: Conv2d | Linear | Term, weight: Tensor, x: Tensor) -> Tensor:

@@ -340,13 +340,18 @@ def _server_reveal(party: Party, step: Reveal, batch: Batch) -> None:
 
 
 def _noise(party: Party, step: Reveal, batch: Batch, shape: tuple[int, ...]) -> Words:
-    """Uniform in [-2^-noise_bits, 2^-noise_bits), in units of the revealed wire."""
+    """Within [-2^-noise_bits, 2^-noise_bits), in units of the revealed wire: the sum of four uniform parts.
+
+    A single one has sharp edges, and what lies at an edge tells of a shift by one unit.
+    """
     stream = party.streams[party.role].open("noise", step.index, batch.counter)
     bits = max(0, step.wire.scale - party.config.noise_bits - math.ceil(math.log2(step.wire.mu))) + 1
     ring_bits = step.wire.ring_bits
     if bits > ring_bits - 2:  # nothing that the ring could hold
         return np.zeros(shape, WORDS[ring_bits])
-    noise: U64 = (stream.ring(shape) >> np.uint64(64 - bits)) - np.uint64(1 << (bits - 1))
+    parts, width = (4, bits - 2) if bits > 2 else (1, bits)
+    drawn = (stream.ring((parts, *shape)) >> np.uint64(64 - width)).sum(0, dtype=np.uint64)
+    noise: U64 = drawn - np.uint64(1 << (bits - 1))
     return noise.astype(WORDS[ring_bits])
 
 

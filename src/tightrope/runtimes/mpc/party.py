@@ -171,11 +171,12 @@ def _empty(f: Field, batch: int) -> NDArray[Any]:
 
 
 def terms(program: Program, config: MPC) -> dict[str, Json]:
-    """What all parties must have in common, whoever they are: SHA-256 of the whole public structure (with the
-    calibrated ranges) and of the plan alone (every patch), ring, precision, margins."""
+    """What all parties must have in common, whoever they are: protocol version, SHA-256 of the whole public
+    structure (with the calibrated ranges) and of the plan alone (every patch), ring, precision, margins."""
     patches = [[op.name, op.patches] for op in program.ops if isinstance(op, Relu)]
     plan = hashlib.sha256(json.dumps(patches).encode()).hexdigest()
-    return {"program": program.sha256(), "plan": plan, **config.agreed()}
+    common = {"protocol version": PROTOCOL_VERSION, "program": program.sha256(), "plan": plan}
+    return common | config.agreed()
 
 
 def introduce(
@@ -193,7 +194,6 @@ def introduce(
     version, session, program, plan, ring, precision, or who the parties are.
     """
     own = {
-        "protocol version": PROTOCOL_VERSION,
         "session": session.hex(),
         **terms(program, config),
         f"certificate of {role}": certificate,

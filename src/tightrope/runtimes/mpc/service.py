@@ -23,7 +23,8 @@ from tightrope.runtimes.mpc.duties import Duty, House
 from tightrope.runtimes.mpc.frame import ANSWER, ASK
 from tightrope.runtimes.mpc.keys import ROLES, Role, tls_context
 from tightrope.runtimes.mpc.listen import HANDSHAKE_S, Listener
-from tightrope.runtimes.mpc.party import PROTOCOL_VERSION, read_json
+from tightrope.runtimes.mpc.party import read_json
+from tightrope.runtimes.mpc.rations import Rations
 from tightrope.runtimes.mpc.remote import dial
 from tightrope.runtimes.mpc.settings import Settings
 from tightrope.runtimes.mpc.stock import NAME, Lot
@@ -85,6 +86,7 @@ class Service:
         own = self._settings.address(role)
         context = tls_context(house.credentials, accepts=True)
         self._listener = Listener(self._settings.listen or own.host, own.port, context, role)
+        self._rations = Rations(self._settings.limits.images)
         self._places = threading.BoundedSemaphore(self._settings.limits.sessions)
         self._guard = threading.Lock()
         self._waiting: dict[str, _Waiting] = {}
@@ -211,7 +213,7 @@ class Service:
                     settings.role, house.program, house.schedule, settings.mpc, bytes.fromhex(session),
                     dict(channels), client.clock, house.credentials.fingerprint,
                 )  # fmt: skip
-                entry.duty = Duty(house, worker, channels)
+                entry.duty = Duty(house, worker, channels, self._rations)
                 self._obey(entry, entry.duty, commands)
         finally:
             for channel in channels.values():
@@ -220,8 +222,9 @@ class Service:
                 self._sessions.remove(entry)
                 self._served += 1
                 self._changed.notify_all()
-            seconds = round(time.monotonic() - began, 3)
-            self._log("session_end", session=session[:8], seconds=seconds, commands=commands)
+            facts = {"seconds": round(time.monotonic() - began, 3), "commands": commands}
+            images = 0 if entry.duty is None else entry.duty.images
+            self._log("session_end", session=session[:8], images=images, **facts)
 
     def _obey(self, entry: _Session, duty: Duty, commands: dict[str, int]) -> None:
         client = entry.channels["client"]
@@ -317,7 +320,7 @@ class Service:
         return {
             "role": settings.role,
             "status": "stopping" if self._stopping.is_set() else "ready",
-            "terms": {"protocol version": PROTOCOL_VERSION, **self.house.terms},
+            "terms": self.house.terms,
             "sessions": len(self._sessions),
             "places": settings.limits.sessions,
             "served": self._served,

@@ -18,6 +18,7 @@ from tightrope.program import Program
 from tightrope.runtimes.mpc.compiler import SMALLEST_RANGE
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.cost import Costs, joined, pieces, structural
+from tightrope.runtimes.mpc.fixed import check_weights
 from tightrope.runtimes.mpc.keys import Role
 from tightrope.runtimes.mpc.party import PhaseReport
 from tightrope.runtimes.mpc.prg import SESSION_BYTES
@@ -28,6 +29,7 @@ from tightrope.types import Cost, Measurement, OpTrace, total
 
 MODES: Mapping[str, type[LocalTeam] | type[ProcessTeam]] = {"simulate": LocalTeam, "execute": ProcessTeam}
 Reports = Mapping[Role, PhaseReport]
+ROUNDED_BITS = 8  # of the fraction of a result, at most, for roundings on its way
 
 
 def open_session(program: Program, config: MPC, mode: Literal["simulate", "execute"]) -> MPCSession:
@@ -35,6 +37,7 @@ def open_session(program: Program, config: MPC, mode: Literal["simulate", "execu
     if mode not in MODES:
         raise InputError("unknown mode", where="mpc", got=mode, allowed=", ".join(MODES))
     schedule = compile_program(program, config)
+    check_weights(schedule.steps, program.tensors)
     team = MODES[mode](program, config, secrets.token_bytes(SESSION_BYTES))
     return begin(program, config, mode, schedule, team)
 
@@ -102,10 +105,11 @@ class MPCSession:
             y = online["client"][1]
             if y is None:
                 raise ProtocolError("the client has no result", where="client")
-            self._check_result(y)
             outputs.append(y)
             spent.append(self._spent(size, _reports(offline), _reports(online)))
-        return np.concatenate(outputs), self._measurement(len(x), joined(spent))
+        found = np.concatenate(outputs)
+        self._check_result(found)  # after the last batch: to stop earlier would tell the others
+        return found, self._measurement(len(x), joined(spent))
 
     def _sizes(self, count: int) -> tuple[int, ...]:
         if self._batch is None:
@@ -116,7 +120,8 @@ class MPCSession:
 
     def _check_result(self, y: NDArray[np.float64]) -> None:
         noise = 2.0**-self.config.noise_bits if self.config.noise_bits else 0.0
-        limit = self._schedule.output.limit + noise
+        rounding = 1 + 2.0 ** (ROUNDED_BITS - self.config.fraction_bits)
+        limit = self._schedule.output.limit * rounding + noise
         if self.config.reveal == "logits" and float(np.abs(y).max()) > limit:
             raise InputError(
                 "the result is far larger than on the calibration data, so values overflowed or may have",

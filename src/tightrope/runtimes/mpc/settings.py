@@ -42,12 +42,14 @@ class Address:
 class Limits:
     """connect_s: how long a peer that is not up yet is awaited; idle_s: how long a session may wait for its
     client's next command; stop_s: what running sessions are given when a service is told to stop; sessions:
-    how many a service runs at a time."""
+    how many a service runs at a time; images: how many a client certificate may have classified in an hour, 0
+    for any number."""
 
     connect_s: float = 30.0
     idle_s: float = 300.0
     stop_s: float = 30.0
     sessions: int = 4
+    images: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "idle_s": (0.1, 30 * 86400.0),
     "stop_s": (0.0, 86400.0),
     "sessions": (1, 1024),
+    "images": (0, 2**40),
     "quota_bytes": (1, 2**60),
     "keep_days": (0.001, 36500.0),
     "batch": (1, 2**20),
