@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check bench install clean
+.PHONY: demo test check bench install vision clean
 
 demo: $(VENV)/installed
 	$(BIN)/tightrope demo --out runs/demo
@@ -20,6 +20,10 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/_rows.py
 
 install: $(VENV)/installed
+
+# torchvision and timm, for --model, beside the torch that is there
+vision: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[vision]'
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -244,8 +244,8 @@ def test_errors_say_what_where_got_allowed_and_how_to_go_on():
     assert str(InputError("x", allowed=(3, 8, 8))).endswith("allowed: (3, 8, 8)")
 
 
-def test_near_names_close_words_or_all_of_few():
-    assert near("relu9", ["relu1", "conv"]) == "relu1"
+def test_near_names_all_of_few_the_close_ones_first_and_some_of_many():
+    assert near("relu9", ["conv", "relu1"]) == "relu1, conv"
     assert near("zzz", ["b", "a"]) == "a, b"
     many = [f"net{k}" for k in range(20)]
     assert near("nt7", many).startswith("net7, ")

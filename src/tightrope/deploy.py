@@ -163,13 +163,14 @@ def health(config: ConfigFile, role: RoleName = None, as_json: AsJson = False) -
     A client asks server and dealer, a server itself and the dealer, a dealer itself.
     """
     from tightrope.program import Program
-    from tightrope.runtimes.mpc.party import PROTOCOL_VERSION, terms
+    from tightrope.runtimes.mpc.keys import read_credentials
+    from tightrope.runtimes.mpc.party import terms
     from tightrope.runtimes.mpc.remote import ask_health
     from tightrope.runtimes.mpc.settings import read_settings
 
     settings = read_settings(config, role)
-    own = {"protocol version": PROTOCOL_VERSION}
-    own |= terms(Program.load(settings.program, weights=False), settings.mpc)
+    read_credentials(settings.certificates, settings.role)  # what is wrong with these is not the peers' fault
+    own = terms(Program.load(settings.program, weights=False), settings.mpc)
     peers: tuple[Role, ...] = ("dealer",) if settings.role == "dealer" else ("server", "dealer")
     found: Json = {peer: _asked(ask_health, settings, peer, own) for peer in peers}
     view = View(as_json)

@@ -64,12 +64,13 @@ class ProtocolError(TightropeError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A short hint: the known words closest to `name`, or, when none is close, all if they are few."""
+    """A short hint, the closest first: all known words if they are few, else some and how many there are."""
     words = sorted(known)
     close = get_close_matches(name, words, n=4, cutoff=0.4)
-    if not close and len(words) > FEW:
-        return ", ".join(get_close_matches(name, words, n=4, cutoff=0.0)) + f", … ({len(words)} in all)"
-    return ", ".join(close or words)
+    if len(words) <= FEW:
+        return ", ".join([*close, *(word for word in words if word not in close)])
+    close = close or get_close_matches(name, words, n=4, cutoff=0.0)
+    return ", ".join(close) + f", … ({len(words)} in all)"
 
 
 def _words(allowed: object) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tightrope.errors import InputError, near
 
-_FIX = "pip install 'tightrope[vision]'"
+_FIX = "make vision; or pip install 'tightrope[vision]', which may replace torch by a newer one"
 
 
 def from_torchvision(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
