@@ -183,7 +183,7 @@ def run(part: str, environment: dict[str, str]) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(bar: str, value: float, unit: str, holds: bool) -> dict[str, object]:
+def row(bar: str, value: float, unit: str, holds: bool | None = None) -> dict[str, object]:
     return {"issue": 1, "bar": bar, "value": value, "unit": unit, "holds": holds, "command": COMMAND}
 
 
