@@ -23,18 +23,21 @@ from tightrope.recipe import Recipe
 
 @dataclass(frozen=True)
 class Network:
-    """What to load, how to train it with ReLUs, in how many levels, and how to train it with polynomials."""
+    """What to load, how to train it with ReLUs, in how many levels, how to train it with which of them."""
 
     spec: str
     base: Recipe
     budget: str
     recipe: Recipe
+    polynomials: str = "*"
 
 
 QUICK = replace(RECIPE, epochs=4, precision="bf16-mixed")
 NETWORKS = {
     "small": Network(SPEC, RECIPE, "ckks_levels<=15", Recipe(epochs=10, batch_size=128)),
-    "resnet20": Network("resnet20", QUICK, "ckks_levels<=46", Recipe(epochs=2, batch_size=128)),
+    "resnet20": Network(
+        "resnet20", QUICK, "ckks_levels<=37", Recipe(epochs=2, batch_size=128), "degree [12]"
+    ),
 }
 
 
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: runs/paf-NETWORK")
     parser.add_argument("--weights", type=Path, help="default: runs/NETWORK.safetensors")
     parser.add_argument("--budget")
-    parser.add_argument("--polynomials", default="*", help="which may be chosen; one makes a uniform plan")
+    parser.add_argument("--polynomials", help="which may be chosen; one makes a uniform plan")
     parser.add_argument("--epochs", type=float)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -59,7 +62,7 @@ def main() -> None:
         data="fashion-mnist",
         method="paf",
         budget=given.budget or chosen.budget,
-        config={"samples": 512, "polynomials": given.polynomials},
+        config={"samples": 512, "polynomials": given.polynomials or chosen.polynomials},
         out=given.out or Path(f"runs/paf-{given.network}"),
         overwrite=True,
     )
