@@ -28,14 +28,6 @@ BAR = 1e-4
 COMMAND = "python benchmarks/bench_networks.py"
 
 
-def without_compiled_torchvision() -> None:
-    """PyPI's torchvision does not load its compiled ops next to a CPU torch; these schemas let it import."""
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    without_compiled_torchvision.kept = library  # type: ignore[attr-defined]
-
-
 def colour_images(root: Path) -> Path:
     source = load("embedded")
     images, labels = next(source.batches("train", 200, limit=200))
@@ -65,7 +57,6 @@ def random_weights(spec: str, classes: int, path: Path) -> Path:
 
 
 def main() -> None:
-    without_compiled_torchvision()
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:
         images = colour_images(Path(name) / "images")

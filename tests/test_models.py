@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -189,6 +190,16 @@ def test_missing_library_says_how_to_install(monkeypatch, library):
 
 
 @pytest.mark.vision
+@pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:regnetx_002"])
+def test_networks_from_elsewhere_load_beside_the_torch_that_is_there(spec):
+    """In an interpreter of its own: here, conftest.py has made torchvision load."""
+    pytest.importorskip("timm")
+    code = f"from tightrope.models import resolve; print(type(resolve({spec!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("ResNet", "RegNet")
+
+
 def test_torchvision():
     pytest.importorskip("torchvision")
     assert resolve("torchvision:mobilenet_v2", num_classes=7)(torch.randn(1, 3, 64, 64)).shape == (1, 7)

@@ -6,9 +6,11 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from tightrope.errors import InputError, near
@@ -101,11 +103,31 @@ def _run(path: Path) -> ModuleType:
     return module
 
 
+@cache
+def _detection_operators() -> torch.library.Library:
+    """Schemas of two operators without which torchvision cannot be imported; no classifier calls them.
+
+    PyPI's torchvision is built for PyPI's torch with CUDA: its compiled part does not load beside a CPU one.
+    A definition lives as long as its Library.
+    """
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        library.define(schema)  # type: ignore[no-untyped-call]
+    return library
+
+
 def _vision(name: str) -> ModuleType:
-    """Import an optional package; torchvision raises RuntimeError beside a torch it was not built for."""
+    """Import an optional package; torchvision, which timm imports too, may be built for another torch."""
     package = name.split(".")[0]
     try:
-        return importlib.import_module(name)
+        try:
+            return importlib.import_module(name)
+        except RuntimeError:
+            _detection_operators()
+            for half in [m for m in sys.modules if m.split(".")[0] in ("torchvision", package)]:
+                del sys.modules[half]
+            return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"{package} is not installed", got=str(error), fix=_FIX) from error
     except RuntimeError as error:
