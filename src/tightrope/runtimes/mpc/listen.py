@@ -23,6 +23,22 @@ from tightrope.runtimes.mpc.tls import Proven, check_port, handshake
 HANDSHAKE_S = 4.0  # what one unproven connection is given
 MAX_UNPROVEN = 64
 SHOWN = 8  # refusals in an error message
+LOOPBACK = "127.0.0.1"
+
+
+def bound(host: str, port: int, own: Role) -> socket.socket:
+    """A listening socket. Raises InputError if the address cannot be bound."""
+    check_port(port)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=MAX_UNPROVEN)
+    except OSError as error:
+        raise InputError(
+            f"{own} cannot listen",
+            where=f"{host}:{port}",
+            got=error.strerror,
+            fix="another port, or another address to listen on",
+        ) from error
 
 
 class Listener:
@@ -32,17 +48,7 @@ class Listener:
     """
 
     def __init__(self, host: str, port: int, context: ssl.SSLContext, own: Role) -> None:
-        check_port(port)
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._socket = socket.create_server((host, port), family=family, backlog=MAX_UNPROVEN)
-        except OSError as error:
-            raise InputError(
-                f"{own} cannot listen",
-                where=f"{host}:{port}",
-                got=error.strerror,
-                fix="another port, or another address to listen on",
-            ) from error
+        self._socket = bound(host, port, own)
         self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
         self._context = context

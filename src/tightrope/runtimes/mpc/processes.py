@@ -27,6 +27,7 @@ from tightrope.program import Program
 from tightrope.runtimes.mpc import control
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.keys import ROLES, Credentials, Role, make_credentials
+from tightrope.runtimes.mpc.listen import LOOPBACK, bound
 from tightrope.runtimes.mpc.team import TAKES_PART, Command, Reply
 from tightrope.types import Json
 
@@ -48,6 +49,9 @@ class ProcessTeam:
     """See `team.Team`. Raises InputError if a fixed port is taken, ProtocolError if a party fails."""
 
     def __init__(self, program: Program, config: MPC, session: bytes) -> None:
+        listening: tuple[Role, ...] = ("server", "dealer") if config.port else ()
+        for role in listening:  # before anything that takes seconds
+            bound(LOOPBACK, config.port + PORT_OFFSET[role], role).close()
         self._config = config
         self._events: Queue[Event] = Queue()
         self._processes: Processes = {}

@@ -27,13 +27,12 @@ from tightrope.runtimes.mpc import control, gates
 from tightrope.runtimes.mpc.channel import BEAT_S, Channel, Clock
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.keys import Credentials, Role, tls_context
-from tightrope.runtimes.mpc.listen import Listener
+from tightrope.runtimes.mpc.listen import LOOPBACK, Listener
 from tightrope.runtimes.mpc.schedule import compile_program
 from tightrope.runtimes.mpc.team import Worker, beat_s, beating, peak_memory_bytes, seat, threads_of
 from tightrope.runtimes.mpc.tls import connect
 from tightrope.types import Json
 
-HOST = "127.0.0.1"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 SWITCH_S = 5e-5  # the interpreter's default is 5 ms, as long as a layer takes
 CONNECT_S = 10.0
@@ -121,7 +120,7 @@ def _start(commands: SimpleQueue[Command], replies: Replies) -> Worker:
         listener = None
         if ACCEPTS[role]:
             port = config.port + begin["port_offset"] if config.port else 0
-            listener = Listener(HOST, port, tls_context(own, accepts=True), role)
+            listener = Listener(LOOPBACK, port, tls_context(own, accepts=True), role)
     replies.write({"port": listener.port if listener else 0})
     ports = commands.get()[0]["ports"]
     clock = Clock()
@@ -130,7 +129,7 @@ def _start(commands: SimpleQueue[Command], replies: Replies) -> Worker:
     for peer in CONNECTS[role]:
         context = tls_context(own, accepts=False)
         channels[peer] = connect(
-            HOST, ports[peer], context, role, peer, clock, within_s=CONNECT_S, timeout_s=timeout_s
+            LOOPBACK, ports[peer], context, role, peer, clock, within_s=CONNECT_S, timeout_s=timeout_s
         )
     if listener is not None:
         channels |= listener.accept(set(ACCEPTS[role]), clock, within_s=CONNECT_S, timeout_s=timeout_s)
