@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tightrope.errors import ProtocolError
 from tightrope.runtimes.mpc.duties import Duty, House
 from tightrope.runtimes.mpc.keys import Role
+from tightrope.runtimes.mpc.rations import Rations
 from tightrope.runtimes.mpc.remote import read_report
 from tightrope.runtimes.mpc.settings import read_settings
 
@@ -62,8 +64,9 @@ def test_any_command_is_obeyed_or_refused(
             raise ObeyedError(command, size)
 
     names: tuple[Role, ...] = ("client", "server", "dealer") if dealer else ("client", "server")
-    channels: Any = {name: None for name in names if name != role}
-    duty = Duty(houses[role], Worker(), channels, shared_weights=shared)  # type: ignore[arg-type]
+    channels: Any = {name: SimpleNamespace(certificate=name) for name in names if name != role}
+    worker: Any = Worker()
+    duty = Duty(houses[role], worker, channels, Rations(0), shared_weights=shared)
     body = json.loads(json.dumps(order))
     try:
         duty.obey(body)

@@ -83,6 +83,6 @@ def test_polynomials_learn_in_turns(chosen, tmp_path, monkeypatch, capsys):
 
 def test_a_budget_below_the_cheapest_polynomials_says_what_is_possible(tmp_path, monkeypatch, capsys):
     args = ("search", "--method", "paf", "--out", tmp_path / "b", *FEW)
-    refused(monkeypatch, capsys, *args, "--budget", "ckks_levels<=13", says="ckks_levels<=14 or more")
+    refused(monkeypatch, capsys, *args, "--budget", "ckks_levels<=6", says="ckks_levels<=7 or more")
     refused(monkeypatch, capsys, *args, "--budget", "rounds<=3", says="no option is priced")
     assert not (tmp_path / "b" / "plan.json").exists()
