@@ -6,7 +6,8 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,13 @@ from tightrope.runtimes.mpc.settings import read_settings
 from tightrope.types import Measurement
 
 QUOTA = 1 << 30
+
+
+def wait_for(happened: Callable[[], object], within_s: float = 10) -> None:
+    deadline = time.monotonic() + within_s
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def free_ports(count: int) -> list[int]:

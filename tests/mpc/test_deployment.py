@@ -6,7 +6,6 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deployment import Deployment, deployed
+from deployment import Deployment, deployed, wait_for
 
 from small_networks import images
 from tightrope.errors import InputError, ProtocolError
@@ -25,7 +24,6 @@ from tightrope.runtimes.mpc.duties import House
 from tightrope.runtimes.mpc.frame import ANSWER, ASK
 from tightrope.runtimes.mpc.keys import Role, read_credentials
 from tightrope.runtimes.mpc.party import terms
-from tightrope.runtimes.mpc.rations import Rations
 from tightrope.runtimes.mpc.remote import ask_health, dial
 from tightrope.runtimes.mpc.service import Log
 from tightrope.runtimes.mpc.settings import read_settings
@@ -40,13 +38,6 @@ def check(deployment: Deployment, count: int = 2, seed: int = 1) -> Any:
     y, measured = deployment.infer(x.numpy())
     assert np.abs(y - evaluate(deployment.program, x).numpy()).max() < 2**-7
     return measured
-
-
-def wait_for(happened: Callable[[], object], within_s: float = 10) -> None:
-    deadline = time.monotonic() + within_s
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_sessions_over_machines_give_the_results_and_cost_what_was_predicted(tmp_path: Path) -> None:
@@ -271,36 +262,6 @@ def test_a_service_takes_as_many_sessions_as_it_has_places(tmp_path: Path) -> No
             session.run(images(1).numpy())
         wait_for(lambda: d.events("server", "session_end"))
         check(d)
-
-
-def test_a_client_gets_so_many_images_an_hour(tmp_path: Path) -> None:
-    """Over all of its sessions; what would be more is refused before anything of it is revealed."""
-    d = deployed(tmp_path)
-    d.write("server", limits="images = 3")
-    x = images(2).numpy()
-    with d.service("server"), d.service("dealer"):
-        with d.client().session(2) as session:
-            session.run(x)
-        with d.client().session(2) as session, pytest.raises(ProtocolError, match="images of this hour"):
-            session.run(x)
-        with d.client().session(1) as session:
-            session.run(x[:1])
-        wait_for(lambda: len(d.events("server", "session_end")) == 3)
-        assert [line["images"] for line in d.events("server", "session_end")] == [2, 0, 1]
-
-
-def test_rations_come_back_after_an_hour_and_are_of_one_certificate() -> None:
-    now = [0.0]
-    rations = Rations(5, lambda: now[0])
-    rations.take("a", 3)
-    now[0] = 1800.0
-    rations.take("a", 2)
-    for moment, left in ((3599.0, 0), (3600.0, 3), (5400.0, 5)):
-        now[0] = moment
-        with pytest.raises(ProtocolError, match=f"{left} more"):
-            rations.take("a", left + 1)
-    rations.take("b", 5)
-    Rations(0).take("a", 10**9)
 
 
 def test_a_service_whose_weights_do_not_fit_says_so_before_it_opens_and_not_how_large_they_are(

@@ -6,8 +6,7 @@ With material in stock, no number of a batch that a party had begun is ever used
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deployment import Deployment, deployed
+from deployment import Deployment, deployed, wait_for
 from parties import PHASES, infer, serve, start
 
 from small_networks import images
@@ -78,13 +77,6 @@ class Machines:
         """The number of the first batch that `role` has not begun."""
         (found,) = (self.d.home / f"stock-{role}").glob("*/next")
         return int(found.read_text())
-
-
-def wait_for(happened: Callable[[], object], within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tightrope.types import Cost, Measurement, OpTrace, total
 
 MODES: Mapping[str, type[LocalTeam] | type[ProcessTeam]] = {"simulate": LocalTeam, "execute": ProcessTeam}
 Reports = Mapping[Role, PhaseReport]
-ROUNDED_BITS = 8  # of the fraction of a result, at most, for roundings on its way
+ROUNDED_BITS = 6  # of the fraction of a result, at most, for roundings on its way
 
 
 def open_session(program: Program, config: MPC, mode: Literal["simulate", "execute"]) -> MPCSession:
