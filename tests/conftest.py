@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from commands import QUICK, call
 from networks import Images, TinyResNet, settle
 from tightrope import data
+from tightrope.models.external import vision
 
 torch.set_num_threads(1)
 # Durations say nothing on a shared machine.
@@ -20,28 +21,8 @@ settings.register_profile("tightrope", deadline=None, suppress_health_check=[Hea
 settings.load_profile("tightrope")
 
 
-def _prepare_torchvision() -> list[torch.library.Library]:
-    """Define the two operators whose absence makes `import torchvision` fail.
-
-    PyPI's torchvision is built for PyPI's torch with CUDA; its compiled operators do not load beside a CPU
-    build, and registering their shape functions then raises. No network of these tests calls them.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return []
-    try:
-        for compiled in Path(spec.origin).parent.glob("_C*"):
-            torch.ops.load_library(compiled)
-            return []
-    except OSError:
-        pass
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return [library]
-
-
-_LIBRARIES = _prepare_torchvision()  # a definition lives as long as its Library
+if importlib.util.find_spec("torchvision") is not None:
+    vision("torchvision")  # some tests import it themselves, which fails beside a CPU torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

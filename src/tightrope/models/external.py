@@ -20,7 +20,7 @@ _FIX = "make vision; or pip install 'tightrope[vision]', which may replace torch
 
 def from_torchvision(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
     """`torchvision.models.NAME`, randomly initialised. Its networks read 3 channels."""
-    models = _vision("torchvision.models")
+    models = vision("torchvision.models")
     known = models.list_models(module=models)
     if name not in known:
         raise InputError(
@@ -40,7 +40,7 @@ def from_torchvision(name: str, num_classes: int | None, in_channels: int | None
 
 def from_timm(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
     """timm's `NAME`, randomly initialised; the tag of pre-trained weights in `NAME.TAG` loads none."""
-    timm = _vision("timm")
+    timm = vision("timm")
     known = timm.list_models()
     if name.split(".")[0] not in known:
         raise InputError("timm has no such network", got=name, fix=f"near: {near(name, known)}")
@@ -117,7 +117,7 @@ def _detection_operators() -> torch.library.Library:
     return library
 
 
-def _vision(name: str) -> ModuleType:
+def vision(name: str) -> ModuleType:
     """Import an optional package; torchvision, which timm imports too, may be built for another torch."""
     package = name.split(".")[0]
     try:
