@@ -17,6 +17,7 @@ from tightrope.program import Program
 from tightrope.runtimes.ckks import lattigo
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.format import METADATA_BYTES, check_ciphertext, check_key
+from tightrope.runtimes.ckks.simulated import MARGIN
 from tightrope.runtimes.plain import evaluate
 
 pytest.importorskip("lattigo")
@@ -47,8 +48,9 @@ def test_an_encrypted_run_is_what_simulation_predicts(program: Program, session:
     with ToyCKKS().open(program, "simulate") as simulated:
         _, predicted = simulated.run(x.numpy())
     errors = np.abs(y - evaluate(program, x).numpy())
-    limit = predicted.config["predicted_error"]
-    assert limit / 80 < errors.max() < limit < 1e-5
+    drawn = predicted.config["predicted_error"] / MARGIN
+    assert drawn / 20 < errors.max() < drawn < 1e-6
+    assert np.sqrt((errors**2).mean()) < drawn / 4
     assert measured.total.ckks_levels == predicted.total.ckks_levels == measured.config["levels_planned"]
     assert measured.links == predicted.links
     assert sum(measured.links.values()) == measured.total.online_bytes

@@ -265,7 +265,9 @@ def _priced(
     spent = cost.prices(program)
     ops = {s.name: program.op(s.name) for s in sites}
     prices = {name: [cost.price(_as(op, label)) for label in labels[name]] for name, op in ops.items()}
-    for low in (cheapest, {name: found[-1] for name, found in labels.items()}):
+    least_of_all = {name: found[-1] for name, found in labels.items()}
+    merging = [] if least_of_all == cheapest else [least_of_all]
+    for low in (cheapest, *merging):
         among = spent if low is cheapest else cost.prices(_structure(graph, low, rewrite))
         for name, label in low.items():  # between layers it may take fewer levels than alone
             k = labels[name].index(label)
