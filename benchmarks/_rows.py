@@ -79,6 +79,13 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join([*lines, f"{sum(map(bool, bars))} of {len(bars)} bars hold; -: no bar"])
 
 
+def trained_on() -> str:
+    """The GPU that torch trains on, for rows written elsewhere; empty without one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 def _host() -> str:
     """CPU model, cores and memory; no name and no path."""
     model = platform.processor() or platform.machine()

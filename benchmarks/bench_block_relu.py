@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from _rows import row, write
+from _rows import row, trained_on, write
 from tightrope import models
 from tightrope.data import load
 from tightrope.finetune import Recipe, accuracy, finetune
@@ -48,7 +48,7 @@ Picked = Mapping[str, Any]
 Job = tuple[str, str, int, int]  # budget, variant, seed, epochs
 
 
-def finetuned(job: Job, work: Path) -> dict[str, float]:
+def finetuned(job: Job, work: Path) -> dict[str, Any]:
     """Test accuracy in % of one variant after fine-tuning, and its DReLUs; kept in a file of its own."""
     text, name, seed, epochs = job
     recipe = replace(RECIPE, epochs=epochs, seed=seed)
@@ -84,11 +84,11 @@ def finetuned(job: Job, work: Path) -> dict[str, float]:
         drelus = price(problem, picked).cost.drelus
         if drelus > budget.resolve(problem.baseline)["drelus"]:
             raise ValueError(f"{name} is over the budget {text}: {drelus}")
-        result = {"drelus": drelus} | {
+        result = {"drelus": drelus, "trained_on": trained_on()} | {
             split: 100 * accuracy(tuned, data, split) for split in ("validation", "test")
         }
         saved.write_text(json.dumps(result))
-    found: dict[str, float] = json.loads(saved.read_text())
+    found: dict[str, Any] = json.loads(saved.read_text())
     return found
 
 
@@ -128,10 +128,12 @@ def main() -> None:
     jobs = [(t, n, s, options.epochs) for n in VARIANTS for s in range(seeds[n]) for t in BARS]
     context = multiprocessing.get_context("spawn")
     results: dict[Job, float] = {}
+    devices: set[str] = set()
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
         waiting = {pool.submit(finetuned, job, options.work): job for job in jobs}
         for future in as_completed(waiting):
             results[waiting[future]] = future.result()["test"]
+            devices.add(future.result()["trained_on"])
             print(*waiting[future], future.result(), flush=True)
     for text, allowed in BARS.items():
         scores = {n: [results[text, n, s, options.epochs] for s in range(seeds[n])] for n in VARIANTS}
@@ -140,6 +142,7 @@ def main() -> None:
             ours = name == "tightrope"
             bar = f"at most {allowed} points lost" if ours else "control, no bar"
             what = f"{text}: {name}, test accuracy after {options.epochs} epochs, {len(values)} seeds"
+            what += "".join(f", trained on {device}" for device in sorted(devices - {""}))
             holds = original - means[name] <= allowed if ours else True
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             rows += [

@@ -1,21 +1,25 @@
 """Issue 4, bars 1 and 2: what a task needs of a donor trained on Fashion-MNIST, against all fair donors.
 
-    python benchmarks/bench_reengineer.py                # resumable: one file per run, rows after every run
+    python benchmarks/bench_reengineer.py                # resumable: one file per run, rows at the end
+    python benchmarks/bench_reengineer.py --finished     # times of the networks that are there, and rows
 
-Sized for a CPU: ResNet-20 of half and VGG-16 of a quarter of the published widths, one donor each, and
-`--images` training images of each task. Validation data select; the test split is read once per finished run.
-Controls (new head, fine-tuning, magnitude, SNIP) train for as many epochs as the search; in the committed
-rows they had a fifth of them.
+ResNet-20 and a VGG-16 of a quarter of the published widths, one donor each, on a GPU if there is one.
+Validation data select; the test split is read once per finished run. Controls (new head, fine-tuning,
+magnitude, SNIP) train for as many epochs as the search. Networks of whole channels are then fine-tuned with
+the donor, which answers within the task, as teacher. Times are measured last, one network after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,28 +30,34 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from _rows import row, write
+from _rows import row, trained_on, write
+from tightrope import models
 from tightrope.data import Data, load, parse_task, view
 from tightrope.evaluate import accuracy
-from tightrope.graph import Graph, trace
+from tightrope.finetune import Recipe, finetune
+from tightrope.graph import trace
 from tightrope.lower import lower
 from tightrope.methods.reengineer import ReengineerMethod
-from tightrope.models.resnet import ResNet
 from tightrope.nn.group_max import GroupMax
+from tightrope.program import Program
 from tightrope.runtimes.onnx import Onnx
 from tightrope.runtimes.openvino import OpenVino
+from tightrope.shard import launch
 from tightrope.types import Budget
 
 Json = dict[str, Any]
 TASKS = ("3", "6", "8", "0,2,4,6", "5,7,9")
-PUBLISHED = {  # alpha is 1 to 2 in the paper's 300 epochs; here there are a few hundred steps
-    "mode": "reference", "granularity": "weight", "head": "relu_linear", "lr_head": 0.1, "lr_mask": 0.1,
-    "alpha": 10.0,
-}  # fmt: skip
-MODES: dict[str, tuple[Json, str]] = {
-    "reference": (PUBLISHED, "weights<=1x"),
-    "hybrid": ({"granularity": "hybrid", "controls": False}, "macs<=0.3x,latency_ms<=0.45x"),
+PUBLISHED = {
+    "mode": "reference",
+    "granularity": "weight",
+    "head": "relu_linear",
+    "lr_head": 0.1,
+    "lr_mask": 0.05,
 }
+CHANNEL = {"granularity": "channel", "controls": False}
+MODES = ("reference", "channel")
+ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH = 128
 REPEATS, WARM_UP = 50, 10
 
 
@@ -64,9 +74,29 @@ def quarter_vgg() -> nn.Module:
 
 
 DONORS: dict[str, Callable[[], nn.Module]] = {
-    "resnet20_half": lambda: ResNet(8, ((8, 3, 1), (16, 3, 2), (32, 3, 2)), 10, 1),
+    "resnet20": lambda: models.resolve("resnet20", num_classes=10, in_channels=1),
     "vgg16_quarter": quarter_vgg,
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One search, and how large it is."""
+
+    seed: int
+    donor: str
+    task: str
+    mode: str
+    epochs: int
+    donor_epochs: int
+    images: int
+    alpha: float
+    budget: str
+
+    def file(self, work: Path) -> Path:
+        how = f"{self.alpha:g}" if self.mode == "reference" else self.budget.replace("<=", "-")
+        size = f"{self.donor_epochs}-{self.epochs}-{self.images}"
+        return work / f"{self.donor}-{self.task}-{self.mode}-{how}-{self.seed}-{size}.json"
 
 
 def donor(name: str, epochs: int, data: Data, work: Path) -> nn.Module:
@@ -75,27 +105,29 @@ def donor(name: str, epochs: int, data: Data, work: Path) -> nn.Module:
     torch.manual_seed(0)
     net = DONORS[name]()
     if not path.exists():
-        steps = epochs * -(-data.size("train") // 128)
+        steps = epochs * -(-data.size("train") // BATCH)
         optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
-        net.to(memory_format=torch.channels_last).train()
+        net.to(ACCELERATOR, memory_format=torch.channels_last).train()
         for epoch in range(epochs):
-            for x, y in data.batches("train", 128, shuffle=True, seed=epoch, augment=True):
+            for x, y in data.batches("train", BATCH, shuffle=True, seed=epoch, augment=True):
                 optimizer.zero_grad()
-                F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last)), y).backward()
+                x, y = x.to(ACCELERATOR, memory_format=torch.channels_last), y.to(ACCELERATOR)
+                F.cross_entropy(net(x), y).backward()
                 optimizer.step()
                 schedule.step()
         work.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path)
+        save_file({k: v.cpu().contiguous() for k, v in net.state_dict().items()}, path)
+    net = DONORS[name]()
     net.load_state_dict(load_file(path))
     return net.eval()
 
 
-def latencies(first: Graph, second: Graph) -> dict[str, list[float]]:
+def latencies(first: Program, second: Program) -> dict[str, list[float]]:
     """Milliseconds, one thread, the two networks taking turns: p50 and p95 of each, by runtime and batch."""
     found = {}
     for runtime in (Onnx(), OpenVino()):
-        sessions = [runtime.open(lower(g.module, g.input_shape)) for g in (first, second)]
+        sessions = [runtime.open(program) for program in (first, second)]
         for batch in (1, 16):
             x = np.random.default_rng(0).standard_normal((batch, *first.input_shape))
             times: list[list[float]] = [[], []]
@@ -107,31 +139,63 @@ def latencies(first: Graph, second: Graph) -> dict[str, list[float]]:
     return found
 
 
-def one(graph: Graph, data: Data, task_text: str, mode: str, seed: int, epochs: int, images: int) -> Json:
-    """Search, then the test split: the result and the restricted donor."""
-    config, budget = MODES[mode]
-    task = parse_task(data.classes, chosen=task_text, seed=seed)
-    whole = view(data, task)
-    x, y = whole.splits["train"]
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:images]
-    part = replace(whole, splits={**whole.splits, "train": (x[order], y[order])})
-    method = ReengineerMethod(**config, epochs=epochs, seed=seed)
-    start = time.process_time()
-    learned = method.learn(graph, part, task=task, budget=Budget.parse(budget), cost=Onnx(batch=16))
-    cpu_s = time.process_time() - start
-    kept = [choice for name, choice in learned.choices.items() if name != "channels"]
+def searched(job: Job, work: Path) -> Json:
+    """Search, fine-tune what may be, then the test split: the result and the restricted donor.
+
+    Beside the file of the result lies the network, to be timed.
+    """
+    torch.set_num_threads(1)
+    data = load("fashion-mnist")
+    graph = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
+    config, budget = (
+        ({**PUBLISHED, "alpha": job.alpha}, "weights<=1x")
+        if job.mode == "reference"
+        else (CHANNEL, job.budget)
+    )
+    task = parse_task(data.classes, chosen=job.task, seed=job.seed)
+    part = view(data, task)
+    if job.images:
+        x, y = part.splits["train"]
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(job.seed))[: job.images]
+        part = replace(part, splits={**part.splits, "train": (x[order], y[order])})
+    method = ReengineerMethod(**config, epochs=job.epochs, seed=job.seed, batch_size=BATCH)
+    start = time.perf_counter()
+    learned = method.learn(
+        graph, part, task=task, budget=Budget.parse(budget), cost=Onnx(batch=16),
+        shard=launch(accelerator=ACCELERATOR),
+    )  # fmt: skip
     result = method.rebuild(graph, learned.choices, learned.tensors)
-    return {
+    found = {"validation": learned.accuracy, "trained_on": trained_on()}
+    restricted = nn.Sequential(graph.module, GroupMax(task.groups))
+    if method.tunable:
+        recipe = Recipe(epochs=job.epochs, batch_size=BATCH, seed=job.seed)
+        result = finetune(result, part, teacher=restricted, recipe=recipe)
+        found["validation_tuned"] = accuracy(result, part, "validation")
+    kept = [choice for name, choice in learned.choices.items() if name != "channels"]
+    found |= {
         "retained": sum(c["kept"] for c in kept) / sum(c["of"] for c in kept),
         "macs": learned.predicted.macs / learned.baseline.macs,
-        "validation": learned.accuracy,
         "controls": dict(learned.controls),
         "front": list(learned.front),
         "test": accuracy(result, part, "test"),
-        "test_restricted": accuracy(nn.Sequential(graph.module, GroupMax(task.groups)), part, "test"),
-        "ms": latencies(graph, trace(result, graph.input_shape)),
-        "cpu_s": cpu_s,
+        "test_restricted": accuracy(restricted, part, "test"),
+        "seconds": time.perf_counter() - start,
     }
+    lower(result, graph.input_shape).save(job.file(work).with_suffix(""))
+    job.file(work).write_text(json.dumps(found))
+    return found
+
+
+def timed(job: Job, data: Data, work: Path) -> Json:
+    """A finished run, with times: measured here, once."""
+    path = job.file(work)
+    found: Json = json.loads(path.read_text())
+    if job.mode == "channel" and "ms" not in found:
+        whole = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
+        programs = lower(whole.module, data.input_shape), Program.load(path.with_suffix(""))
+        found["ms"] = latencies(*programs)
+        path.write_text(json.dumps(found))
+    return found
 
 
 def rows(found: dict[tuple[str, str, str, int], Json]) -> list[Json]:
@@ -141,6 +205,7 @@ def rows(found: dict[tuple[str, str, str, int], Json]) -> list[Json]:
         runs = [r for key, r in found.items() if key[:3] == (donor_name, task, mode)]
         gain = 100 * statistics.mean(r["test"] - r["test_restricted"] for r in runs)
         what = f"{donor_name}, classes {task}, {mode}, {len(runs)} seed(s)"
+        what += "".join(f", trained on {d}" for d in sorted({r["trained_on"] for r in runs} - {""}))
         result.append(
             row(f"{what}: test accuracy minus the restricted donor's, >= 0", gain, "points", gain >= 0)
         )
@@ -151,7 +216,7 @@ def rows(found: dict[tuple[str, str, str, int], Json]) -> list[Json]:
         for name in runs[0]["controls"]:
             value = 100 * statistics.mean(r["controls"][name] for r in runs)
             result.append(row(f"{what}: validation accuracy of {name} (no bar)", value, "%"))
-        if mode == "hybrid":
+        if mode == "channel":
             macs = mean(runs, "macs")
             result.append(row(f"{what}: multiplications, <= 0.35x", macs, "x", macs <= 0.35))
             for engine in runs[0]["ms"]:
@@ -178,29 +243,38 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--donor-epochs", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--images", type=int, default=3200)
+    parser.add_argument("--donor-epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--images", type=int, default=0, help="training images of a task; 0: all")
+    parser.add_argument("--alpha", type=float, default=1.0, help="of the reference mode")
+    parser.add_argument("--budget", default="macs<=0.2x", help="of the channel mode")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_reengineer"))
+    parser.add_argument("--search", action="store_true", help="no times, no rows: --finished has them")
     parser.add_argument("--finished", action="store_true", help="rows of the runs that are there")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     data = load("fashion-mnist")
-    size = f"{options.donor_epochs}-{options.epochs}-{options.images}"
-    command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs} --images {options.images}"
-    command += f" --donor-epochs {options.donor_epochs} --seeds {options.seeds}"
-    found = {}
     wanted = product(range(options.seeds), options.donors, options.tasks, options.modes)
-    for seed, name, task, mode in wanted:
-        path = options.work / f"{name}-{task}-{mode}-{seed}-{size}.json"
-        if not path.exists() and options.finished:
-            continue
-        if not path.exists():
-            graph = trace(donor(name, options.donor_epochs, data, options.work), data.input_shape)
-            path.write_text(json.dumps(one(graph, data, task, mode, seed, options.epochs, options.images)))
-        found[name, task, mode, seed] = json.loads(path.read_text())
-        print(path.name, found[name, task, mode, seed], flush=True)
-        write("reengineer", [{"issue": 4, "command": command, **r} for r in rows(found)])
+    size = (options.epochs, options.donor_epochs, options.images, options.alpha, options.budget)
+    jobs = [Job(*key, *size) for key in wanted]
+    waiting = [] if options.finished else [j for j in jobs if not j.file(options.work).exists()]
+    if waiting:
+        for name in options.donors:
+            donor(name, options.donor_epochs, data, options.work)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+            for future in as_completed([pool.submit(searched, job, options.work) for job in waiting]):
+                error = future.exception()  # of one run: the others go on
+                found = error or {k: v for k, v in future.result().items() if k != "front"}
+                print(found, flush=True)
+    if options.search:
+        return
+    torch.set_num_threads(1)
+    there = [job for job in jobs if job.file(options.work).exists()]
+    found = {(j.donor, j.task, j.mode, j.seed): timed(j, data, options.work) for j in there}
+    command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs} --alpha {options.alpha:g}"
+    command += f" --budget '{options.budget}' --donor-epochs {options.donor_epochs} --seeds {options.seeds}"
+    write("reengineer", [{"issue": 4, "command": command, **r} for r in rows(found)])
 
 
 if __name__ == "__main__":

@@ -3,22 +3,27 @@
     python benchmarks/train_paf.py                       # small: about 10 minutes of one core
     python benchmarks/train_paf.py --network resnet20    # an hour; `bench_ckks_bootstrap.py` encrypts it
 
-The bundle is what `tightrope run runs/paf-small --runtime ckks` encrypts. The validation split only watches;
-the test split is read once, at the end.
+The bundle, of the first seed, is what `tightrope run runs/paf-small --runtime ckks` encrypts. The validation
+split only watches; the test split is read once per fine-tuned network, at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from _rows import row, write
 from _small_residual import RECIPE, SPEC, trained
 from tightrope import models, pipeline
 from tightrope.data import load
+from tightrope.evaluate import accuracy
+from tightrope.finetune import finetune
 from tightrope.recipe import Recipe
+from tightrope.shard import launch
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ def main() -> None:
     parser.add_argument("--budget")
     parser.add_argument("--polynomials", help="which may be chosen; one makes a uniform plan")
     parser.add_argument("--epochs", type=float)
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="of fine-tuning; rows are written for 2 and more"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -65,13 +73,31 @@ def main() -> None:
         config={"samples": 512, "polynomials": given.polynomials or chosen.polynomials},
         out=given.out or Path(f"runs/paf-{given.network}"),
         overwrite=True,
+        shard=launch(accelerator="cuda" if torch.cuda.is_available() else "cpu"),
     )
     plan = bundle.plan()
     for site, choice in plan.choices.items():
         print(site, choice["polynomial"])
     print(f"{plan.predicted.ckks_levels:g} levels", flush=True)
     recipe = replace(chosen.recipe, epochs=given.epochs or chosen.recipe.epochs)
-    print(pipeline.train(bundle, recipe, resume=False, log=print) | pipeline.test(bundle))
+    first = pipeline.train(bundle, recipe, resume=False, log=print) | pipeline.test(bundle)
+    print(first, flush=True)
+    tests = [first["test"]]
+    for seed in range(1, given.seeds):
+        start = bundle.rewritten()
+        tuned = finetune(start, data, teacher=bundle.base(), recipe=replace(recipe, seed=seed))
+        tests.append(accuracy(tuned, data, "test"))
+        print(seed, tests[-1], flush=True)
+    if given.seeds > 1:
+        what = f"{given.network}, {plan.budget}, polynomials {given.polynomials or chosen.polynomials}"
+        rows = [
+            row(f"{what}: test accuracy, mean of {given.seeds} seeds", 100 * statistics.mean(tests), "%"),
+            row(f"{what}: standard deviation", 100 * statistics.stdev(tests), "%"),
+            row(f"{given.network} with ReLUs: test accuracy", 100 * first["test_base"], "%"),
+        ]
+        command = f"python benchmarks/train_paf.py --network {given.network} --budget '{plan.budget}'"
+        command += f" --polynomials '{given.polynomials or chosen.polynomials}' --seeds {given.seeds}"
+        write(f"paf_seeds_{bundle.path.name}", [{"issue": 3, "command": command, **r} for r in rows])
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ def train(
     log: Callable[[Mapping[str, Json]], None] | None = None,
     warn: Callable[[str], object] = warnings.warn,
 ) -> dict[str, float]:
-    """Fine-tune the rewritten network with the base as teacher; freeze it; validation accuracies.
+    """Fine-tune the rewritten network with the original, which answers within the bundle's task, as teacher
+    (images of a new task have none); freeze it; validation accuracies.
 
     `schedule`: everything at once, or polynomials in turns (`tightrope.turns`). `warn` hears of a final
     network whose exact cost is above the budget.
@@ -250,7 +251,7 @@ def _train(
     warn: Callable[[str], object],
     shard: Shard,
 ) -> dict[str, float]:
-    base, data = bundle.base(), bundle.data()
+    teacher, data = bundle.donor(), bundle.data()
     model = bundle.rewritten()
     checkpoint = bundle.path / "checkpoint.safetensors"
     if not resume and shard.first:
@@ -263,11 +264,11 @@ def _train(
             log(entry)
 
     if schedule == "joint":
-        tuned = finetune(model, data, teacher=base, recipe=recipe, checkpoint=checkpoint, log=record)
+        tuned = finetune(model, data, teacher=teacher, recipe=recipe, checkpoint=checkpoint, log=record)
     else:
         tuned = turns.train(
             model, partial(_without, bundle), data, schedule,
-            teacher=base, recipe=recipe, checkpoint=checkpoint, log=record,
+            teacher=teacher, recipe=recipe, checkpoint=checkpoint, log=record,
         )  # fmt: skip
     if not shard.first:
         return {}
@@ -275,8 +276,8 @@ def _train(
     with suppress(TightropeError):  # what the runtime cannot execute, `run` says
         _warn_of_budget(bundle, program, warn)
     bundle.save_model(tuned, program)
-    result = {
-        "validation_base": accuracy(base, data, "validation"),
+    result = {} if teacher is None else {"validation_base": accuracy(teacher, data, "validation")}
+    result |= {
         "validation_untuned": accuracy(model, data, "validation"),
         "validation": accuracy(tuned, data, "validation"),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -47,6 +47,11 @@ class Channels:
     into: Mapping[str, Tensor] = field(default_factory=dict)
     chains: tuple[tuple[int, ...], ...] = ()
 
+    def to(self, device: torch.device) -> Channels:
+        """The same, its tensors on a device."""
+        out, into = ({k: v.to(device) for k, v in units.items()} for units in (self.out, self.into))
+        return replace(self, out=out, into=into)
+
     def into_matrix(self, name: str, module: nn.Module) -> Tensor:
         """The unit that each weight of a layer reads, (out, in / groups)."""
         groups = getattr(module, "groups", 1)
@@ -83,8 +88,15 @@ class Masked:
         if granularity != "channel":
             scores = {name: torch.ones_like(parameters[name]).requires_grad_() for name in names}
         if granularity != "weight":
-            scores[CHANNELS] = torch.ones(channels.count).requires_grad_()
+            device = parameters[names[0]].device
+            channels = channels.to(device)
+            scores[CHANNELS] = torch.ones(channels.count, device=device).requires_grad_()
         return cls(model, names, channels, granularity, positions, scores)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network and the scores are; masks may be elsewhere."""
+        return next(iter(self.scores.values())).device
 
     @property
     def total(self) -> int:
@@ -110,7 +122,7 @@ class Masked:
             module, _, _ = name.rpartition(".")
             value = parameter.detach() if name in self.names else parameter
             if name in bits:
-                value = value * bits[name].to(value.dtype)
+                value = value * bits[name].to(value)
             if gates is not None and module in self.channels.out:
                 gate = gates[self.channels.out[module]]
                 value = value * gate.view(-1, *[1] * (value.dim() - 1))
@@ -131,7 +143,8 @@ class Masked:
         precision counts to 16.8 million.
         """
         gates = self._gates(bits)
-        weights, macs = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        weights = torch.zeros((), dtype=torch.float64, device=self.device)
+        macs = torch.zeros_like(weights)
         for name in self.names:
             module, _, part = name.rpartition(".")
             kept, through = self._kept(name, bits, gates)
@@ -158,18 +171,20 @@ class Masked:
         layer = self.model.get_submodule(module)
         through = self._open(module, layer, part, gates)
         parameter = layer.get_parameter(part)
-        single = bits[name].float() if name in bits else torch.ones_like(parameter)
+        single = bits[name].to(parameter) if name in bits else torch.ones_like(parameter)
         return (through * single.reshape(*through.shape, -1).sum(-1)).double().sum(), through
 
     def _open(self, module: str, layer: nn.Module, part: str, gates: Tensor | None) -> Tensor:
         """Whether both ends of a weight live: (out, in / groups), or (out,) for a bias."""
         shape = layer.get_parameter(part).shape[:2]
         if gates is None:
-            return torch.ones(shape)
-        out = gates[self.channels.out[module]] if module in self.channels.out else torch.ones(shape[0])
+            return torch.ones(shape, device=self.device)
+        out = torch.ones(shape[0], device=self.device)
+        if module in self.channels.out:
+            out = gates[self.channels.out[module]]
         if part == "bias":
             return out
-        into = torch.ones(shape)
+        into = torch.ones(shape, device=self.device)
         if module in self.channels.into:
             into = gates[self.channels.into_matrix(module, layer)]
         return out[:, None] * into
@@ -178,4 +193,5 @@ class Masked:
         """A factor per unit; the last one, 1, is for channels of no unit."""
         if CHANNELS not in bits:
             return None
-        return torch.cat([bits[CHANNELS].float(), torch.ones(1)])
+        living = bits[CHANNELS].to(self.device).float()
+        return torch.cat([living, living.new_ones(1)])

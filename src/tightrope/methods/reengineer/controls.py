@@ -23,12 +23,12 @@ def donor_accuracy(
     model: nn.Module, data: Data, groups: Groups, split: str = "validation"
 ) -> dict[str, float]:
     """`restricted`: the donor chooses among the task's labels. `unrestricted`: an answer outside is wrong."""
-    hits = {"restricted": 0, "unrestricted": 0}
+    hits, device = {"restricted": 0, "unrestricted": 0}, next(model.parameters()).device
     label_of = {k: label for label, group in enumerate(groups) for k in group}
     within, seen = GroupMax(groups), 0
     with torch.no_grad():
         for x, y in data.batches(split, 500):  # type: ignore[arg-type]
-            outputs = model(x)
+            outputs = model(x.to(device)).cpu()
             free = torch.tensor([label_of.get(int(k), -1) for k in outputs.argmax(1)])
             hits["restricted"] += int((within(outputs).argmax(1) == y).sum())
             hits["unrestricted"] += int((free == y).sum())
@@ -50,13 +50,14 @@ def snip(masked: Masked, search: Search, keep: int) -> Bits:
         "train", 64, shuffle=True, seed=search.settings.seed, limit=64 * SNIP_BATCHES
     )
     for x, y in batches:
+        x, y = x.to(masked.device), y.to(masked.device)
         torch.autograd.backward(F.cross_entropy(masked(x, masked.effective(leaves)), y))
     return _largest({name: leaf.grad.abs() for name, leaf in leaves.items() if leaf.grad is not None}, keep)
 
 
 def _largest(values: dict[str, Tensor], keep: int) -> Bits:
     flat = torch.cat([v.flatten() for v in values.values()])
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     chosen[flat.topk(min(keep, len(flat))).indices] = True
     parts = torch.split(chosen, [v.numel() for v in values.values()])
     return {name: part.view_as(values[name]) for name, part in zip(values, parts, strict=True)}
@@ -65,6 +66,7 @@ def _largest(values: dict[str, Tensor], keep: int) -> Bits:
 def fine_tuned(model: nn.Module, data: Data, settings: Settings, epochs: int) -> nn.Module:
     """A copy with every weight trained on the task: nothing is saved, and nothing of the donor stays."""
     net = copy.deepcopy(model).requires_grad_().eval()  # the donor's statistics, as everywhere here
+    device = next(net.parameters()).device
     optimizer = torch.optim.SGD(net.parameters(), TUNE_LR, TUNE_MOMENTUM, weight_decay=TUNE_DECAY)
     for epoch in range(epochs):
         for x, y in data.batches(
@@ -72,9 +74,9 @@ def fine_tuned(model: nn.Module, data: Data, settings: Settings, epochs: int) ->
             augment=settings.augment,
         ):  # fmt: skip
             optimizer.zero_grad()
-            torch.autograd.backward(F.cross_entropy(net(x), y))
+            torch.autograd.backward(F.cross_entropy(net(x.to(device)), y.to(device)))
             optimizer.step()
-    return net.requires_grad_(False)
+    return net.requires_grad_(False).cpu()
 
 
 def controls(

@@ -71,7 +71,11 @@ class ReengineerMethod:
 
     name: ClassVar[str] = "reengineer"
     runtime: ClassVar[str] = "plain"
-    tunable: ClassVar[bool] = False
+
+    @property
+    def tunable(self) -> bool:
+        """Removed channels stay removed; single weights that are masked would grow again."""
+        return self.granularity == "channel"
 
     def __post_init__(self) -> None:
         words = (("mode", ("dual", "reference")), ("granularity", GRANULARITIES), ("head", HEADS))
@@ -112,7 +116,7 @@ class ReengineerMethod:
                 got=f"mode={self.mode}, distill={self.distill:g}, floor={self.floor}",
                 fix="mode=dual without distill and floor",
             )
-        start = self.searches(graph, len(data.classes), groups, data, progress)
+        start = self.searches(graph, len(data.classes), groups, data, progress, shard.device)
         search = start()
         if workdir is not None:
             search.journal = Journal.at(workdir, self._key(graph, data, task, budget, cost))
@@ -120,7 +124,7 @@ class ReengineerMethod:
         baseline = self._baseline(graph, budget, cost)
         own = {"weights": sum(p.numel() for p in head.parameters()), "macs": head.weight.numel()}
         limits = self._limits(budget, baseline, own)
-        donor = donor_accuracy(graph.module, data, groups) if groups else {}
+        donor = donor_accuracy(_on(shard.device, graph.module), data, groups) if groups else {}
 
         def plain(state: State) -> fx.GraphModule:
             return _plain(search.headed, masked, state.bits, state.head, graph.input_shape)
@@ -200,6 +204,7 @@ class ReengineerMethod:
         groups: tuple[tuple[int, ...], ...],
         data: Data,
         progress: Progress = lambda *_: None,
+        device: torch.device = SINGLE.device,
     ) -> Callable[[], Search]:
         """Makes searches with these settings, each at its start; `groups` as in `heads.attach`."""
         settings = Settings(
@@ -211,12 +216,12 @@ class ReengineerMethod:
         def start() -> Search:
             headed = attach(graph, self.head, labels, groups, self.seed)
             headed.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
-            masked = self._masked(headed, graph.input_shape, *channels)
+            masked = self._masked(headed, graph.input_shape, *channels, device=device)
             channels[:] = [masked.channels]
             for module in headed.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.train()  # as published; everything else keeps its statistics
-            teacher = nn.Sequential(graph.module, GroupMax(groups)) if groups else None
+            teacher = nn.Sequential(_on(device, graph.module), GroupMax(groups)) if groups else None
             return Search(masked, headed, data, settings, progress, teacher)
 
         return start
@@ -229,7 +234,13 @@ class ReengineerMethod:
         timed = repr(cost) if any(limit.metric == "online_ms" for limit in budget.limits) else ""
         return hashlib.sha256(json.dumps([asked, sizes, sampled, timed]).encode()).hexdigest()
 
-    def _masked(self, headed: Headed, input_shape: tuple[int, ...], *known: Channels) -> Masked:
+    def _masked(
+        self,
+        headed: Headed,
+        input_shape: tuple[int, ...],
+        *known: Channels,
+        device: torch.device = SINGLE.device,
+    ) -> Masked:
         model = headed.model.requires_grad_(False)
         model.get_submodule(headed.name).requires_grad_(headed.trained)
         names = tuple(
@@ -242,7 +253,7 @@ class ReengineerMethod:
         if self.granularity != "weight":
             channels = known[0] if known else find_channels(model, input_shape)
         used = positions(trace(model, input_shape))
-        return Masked.start(model, names, channels, self.granularity, used)
+        return Masked.start(model.to(device), names, channels, self.granularity, used)
 
     def _baseline(self, graph: Graph, budget: Budget, cost: CostModel) -> Cost:
         """Raises BudgetError for a limit on time where the runtime has none."""
@@ -284,6 +295,11 @@ class ReengineerMethod:
 _STORAGE = ("masks of single weights save storage, not time: dense kernels multiply zeros",)
 
 
+def _on(device: torch.device, model: nn.Module) -> nn.Module:
+    """The caller's model stays where it is."""
+    return model if device == SINGLE.device else copy.deepcopy(model).to(device)
+
+
 def _missed(got: str, allowed: str, points: list[dict[str, float]]) -> BudgetError:
     best = "; ".join(f"{p['weights']:,.0f} weights at {p['accuracy']:.2%}" for p in front(points)[:6])
     return BudgetError(
@@ -310,11 +326,11 @@ def _plain(
     headed: Headed, masked: Masked, bits: Bits, head: Mapping[str, Tensor], input_shape: tuple[int, ...]
 ) -> fx.GraphModule:
     """Masks multiplied in, then everything removed that has become idle."""
-    model = copy.deepcopy(headed.model)
+    model = copy.deepcopy(headed.model).cpu()
     with torch.no_grad():
         model.load_state_dict(masked.effective(bits), strict=False)
         model.get_submodule(headed.name).load_state_dict(dict(head))
-    channels = masked.channels if masked.granularity != "weight" else None
+    channels = masked.channels.to(SINGLE.device) if masked.granularity != "weight" else None
     return compact(trace(model.requires_grad_(), input_shape), channels=channels)
 
 

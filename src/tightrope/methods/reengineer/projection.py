@@ -76,7 +76,7 @@ def _prices(masked: Masked, metric: str) -> Bits:
     if CHANNELS in prices:
         scores = masked.scores[CHANNELS].detach()
         for chain in masked.channels.chains:
-            units = torch.tensor(chain)
+            units = torch.tensor(chain, device=scores.device)
             best = units[scores[units].topk(math.ceil(len(chain) * SPARED)).indices]
             prices[CHANNELS][best] = 0
     return prices

@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class State:
-    """An epoch's result: masks and the head's weights, copies both."""
+    """An epoch's result: masks and the head's weights, copies both, on the CPU."""
 
     epoch: int
     bits: Bits
@@ -224,9 +224,9 @@ class Search:
         """Scores from just above 0 to 1 by |dL/d mask| on a few batches (Lee et al. 2019, SNIP)."""
         ones = {name: torch.ones_like(score).requires_grad_() for name, score in self.masked.scores.items()}
         few = self.data.batches("train", 64, shuffle=True, seed=self.settings.seed, limit=64 * ORDER_BATCHES)
-        with torch.random.fork_rng(devices=[]):  # of dropout
-            torch.manual_seed(self.settings.seed)
+        with self._seeded(self.settings.seed):
             for x, y in few:
+                x, y = self._placed(x, y)
                 loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
                 torch.autograd.backward(loss)
         felt = {n: torch.zeros_like(o) if o.grad is None else o.grad.abs() for n, o in ones.items()}
@@ -262,6 +262,7 @@ class Search:
         with torch.no_grad(), _without_dropout(self.headed.model):
             parameters = self.masked.effective(bits)
             for x, y in self.data.batches(split, 500):  # type: ignore[arg-type]
+                x, y = self._placed(x, y)
                 hits += int((self.masked(x, parameters).argmax(1) == y).sum())
                 seen += len(y)
         return hits / seen
@@ -282,9 +283,8 @@ class Search:
         penalty: Callable[[Bits], Tensor] | None,
         after: Callable[[], object] = lambda: None,
     ) -> None:
-        """One epoch; `after` is called after every step. Dropout draws by seed and epoch alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed * STRIDE + epoch)
+        """One epoch; `after` is called after every step."""
+        with self._seeded(self.settings.seed * STRIDE + epoch):
             self._steps(epoch, optimizers, fixed, penalty, after)
 
     def _steps(
@@ -296,6 +296,7 @@ class Search:
         after: Callable[[], object],
     ) -> None:
         for x, y in self._batches(epoch):
+            x, y = self._placed(x, y)
             bits = self.masked.bits() if fixed is None else fixed
             outputs = self.masked(x, self.masked.effective(bits))
             loss = F.cross_entropy(outputs, y)
@@ -315,6 +316,17 @@ class Search:
                 optimizer.step()
             after()
 
+    def _placed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x.to(self.masked.device), y.to(self.masked.device)
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        """Dropout draws from here on by the seed alone."""
+        device = self.masked.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         settings = self.settings
         return self.data.batches(
@@ -328,8 +340,9 @@ class Search:
     def _judge(self, epoch: int, judge: Callable[[State], bool]) -> State:
         bits = self.masked.snapshot()
         weights, macs = (int(v) for v in self.masked.kept(bits))
-        head = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
-        state = State(epoch, bits, head, self.accuracy(bits), weights, macs)
+        head = {k: v.detach().clone().cpu() for k, v in self.head.state_dict().items()}
+        kept = {name: mask.cpu() for name, mask in bits.items()}
+        state = State(epoch, kept, head, self.accuracy(bits), weights, macs)
         entry = {"weights": weights, "macs": macs, "accuracy": state.accuracy, "fits": judge(state)}
         self.history.append(entry)
         self.progress("mask search", epoch + 1, self.settings.epochs)
