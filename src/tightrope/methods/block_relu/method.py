@@ -116,6 +116,7 @@ class BlockReluMethod:
         saved = {s.name: kept.read(workdir, s.name, keys[s.name]) for s in sites}
         shard.barrier()  # nobody writes before everybody has read
         losses = {name: Losses(**arrays) for name, arrays in saved.items() if arrays is not None}
+        ready.module.to(shard.device)  # a copy: the caller's stays
         passes = 0
         missing = [s for s in sites if s.name not in losses]
         # one site alone first, so that an early interrupt keeps something
@@ -192,7 +193,8 @@ class BlockReluMethod:
         named = {t.site: t for t in problem.tables}
         sites = [s for s in original.sites if s.name in named]
         options = {name: [parse(text) for text in table.labels] for name, table in named.items()}
-        original.module.to(shard.device)
+        for network in (original.module, rewritten.module):
+            network.to(shard.device)
         losses: dict[str, Losses] = {}
         for start in range(0, len(sites), CHUNK):
             chunk = sites[start : start + CHUNK]
@@ -215,7 +217,6 @@ class BlockReluMethod:
         """Losses in `graph`'s network; against the outputs of `original`, or else against its own."""
         sums = {s.name: Distortion.zeros(s.shape[0], len(options[s.name])) for s in sites}
         generator = torch.Generator(shard.device).manual_seed(self.seed + shard.rank)
-        graph.module.to(shard.device)
         passes = 0
         for x in self._images(data, shard):
             with torch.no_grad():

@@ -48,12 +48,11 @@ def distortions(
     images: Iterable[Tensor],
 ) -> Iterator[tuple[str, FloatArray, int]]:
     """By site, for each choice, summed over the images: the mean squared change of the outputs when that site
-    alone is replaced. And the number of images.
+    alone is replaced. And the number of images. Computed where the images are.
     """
-    network = place(graph, {}, rewrite).module
-    network.to(next(iter(graph.module.parameters())).device)
-    sites = {s.name: s for s in graph.sites}
     batches = list(images)
+    network = place(graph, {}, rewrite).module.to(batches[0].device)
+    sites = {s.name: s for s in graph.sites}
     with torch.no_grad():
         wanted = [network(x) for x in batches]
     for name, choices in options.items():
