@@ -55,7 +55,12 @@ PUBLISHED = {
     "lr_mask": 0.05,
 }
 CHANNEL = {"granularity": "channel", "controls": False}
-MODES = ("reference", "channel")
+ALIGNED = CHANNEL | {"multiple": 8}  # channels, as the kernels of ONNX Runtime want them
+CONFIGS = {"channel": CHANNEL, "aligned": ALIGNED}
+CHANNEL = {"granularity": "channel", "controls": False}
+ALIGNED = CHANNEL | {"multiple": 8}  # channels, as the kernels of ONNX Runtime want them
+CONFIGS = {"channel": CHANNEL, "aligned": ALIGNED}
+MODES = ("reference", *CONFIGS)
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 128
 REPEATS, WARM_UP = 50, 10
@@ -151,11 +156,9 @@ def searched(job: Job, work: Path) -> Json:
     torch.set_num_threads(1)
     data = load("fashion-mnist")
     graph = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
-    config, budget = (
-        ({**PUBLISHED, "alpha": job.alpha}, "weights<=1x")
-        if job.mode == "reference"
-        else (CHANNEL, job.budget)
-    )
+    config, budget = CONFIGS.get(job.mode), job.budget
+    if config is None:
+        config, budget = {**PUBLISHED, "alpha": job.alpha}, "weights<=1x"
     task = parse_task(data.classes, chosen=job.task, seed=job.seed)
     part = view(data, task)
     if job.images:
@@ -194,7 +197,7 @@ def timed(job: Job, data: Data, work: Path) -> Json:
     """A finished run, with times: measured here, once."""
     path = job.file(work)
     found: Json = json.loads(path.read_text())
-    if job.mode == "channel" and "ms" not in found:
+    if job.mode in CONFIGS and "ms" not in found:
         whole = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
         programs = lower(whole.module, data.input_shape), Program.load(path.with_suffix(""))
         found["ms"] = latencies(*programs)
@@ -220,7 +223,7 @@ def rows(found: dict[tuple[str, str, str, int], Json]) -> list[Json]:
         for name in runs[0]["controls"]:
             value = 100 * statistics.mean(r["controls"][name] for r in runs)
             result.append(row(f"{what}: validation accuracy of {name} (no bar)", value, "%"))
-        if mode == "channel":
+        if mode in CONFIGS:
             macs = mean(runs, "macs")
             result.append(row(f"{what}: multiplications, <= 0.35x", macs, "x", macs <= 0.35))
             for engine in runs[0]["ms"]:

@@ -52,6 +52,8 @@ class ReengineerMethod:
     `head`: see `heads.attach`. `floor`: accuracy in [0, 1] that the result may lose at most against the
     restricted donor, on validation images; None for no floor. `distill`: weight of the donor's restricted
     outputs. `patience`: epochs, of the reference mode. `controls`: measure what a user could do instead.
+    `multiple`: tensors keep a multiple of so many channels, as fast kernels want them; not of the reference
+    mode.
     """
 
     mode: Mode = "dual"
@@ -66,6 +68,7 @@ class ReengineerMethod:
     distill: float = 0.0
     patience: int | None = None
     augment: bool = False
+    multiple: int = 1
     controls: bool = True
     seed: int = 0
 
@@ -82,9 +85,15 @@ class ReengineerMethod:
         for key, allowed in words:
             if getattr(self, key) not in allowed:
                 raise InputError(f"unknown choice for {key}", got=getattr(self, key), allowed=allowed)
-        for key in ("epochs", "batch_size", "patience"):
+        for key in ("epochs", "batch_size", "patience", "multiple"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise InputError(f"{key} must be positive", got=getattr(self, key))
+        if self.multiple > 1 and (self.granularity == "weight" or self.mode == "reference"):
+            raise InputError(
+                "multiples are of channels, in the dual mode",
+                got=f"multiple={self.multiple}, granularity={self.granularity}, mode={self.mode}",
+                fix="--set granularity=channel",
+            )
         for key in ("lr_mask", "lr_head"):
             if not 0 < getattr(self, key) < math.inf:
                 raise InputError(f"{key} must be positive", got=getattr(self, key))
@@ -209,7 +218,7 @@ class ReengineerMethod:
         """Makes searches with these settings, each at its start; `groups` as in `heads.attach`."""
         settings = Settings(
             epochs=self.epochs, batch_size=self.batch_size, lr_mask=self.lr_mask, lr_head=self.lr_head,
-            distill=self.distill, augment=self.augment, seed=self.seed,
+            distill=self.distill, augment=self.augment, multiple=self.multiple, seed=self.seed,
         )  # fmt: skip
         channels: list[Channels] = []
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from tightrope.nn.masked import CHANNELS, Bits, Masked
 
@@ -14,6 +15,7 @@ HALVINGS = 24
 FAR = 2.0**20
 CHEAPEST = 1e-3
 SPARED = 1 / 8  # of the channels of a tensor
+BARE = 1e-6  # how far from 0 a score is put on its side
 
 
 def found(masked: Masked, bits: Bits) -> dict[str, float]:
@@ -27,8 +29,9 @@ def fits(masked: Masked, bits: Bits, limits: Mapping[str, float]) -> bool:
     return all(spent[metric] <= limit for metric, limit in limits.items())
 
 
-def project(masked: Masked, limits: Mapping[str, float]) -> None:
-    """Clamp scores to [-1, 1], then lower them just so far that the masks meet every limit.
+def project(masked: Masked, limits: Mapping[str, float], multiple: int = 1) -> None:
+    """Clamp scores to [-1, 1], then lower them just so far that the masks meet every limit, the channels of
+    every tensor being a multiple of `multiple`.
 
     A score falls by a multiplier times its price; the multiplier is the smallest one that meets the limit, by
     bisection, so there is none to be tuned. Prices follow what the Lagrangian of the budget takes, the
@@ -39,15 +42,35 @@ def project(masked: Masked, limits: Mapping[str, float]) -> None:
         for score in masked.scores.values():
             score.clamp_(-1, 1)
     for metric, limit in limits.items():
-        if found(masked, masked.snapshot())[metric] > limit:
-            _lower(masked, metric, limit)
+        if found(masked, _living(masked, masked.scores, multiple))[metric] > limit:
+            _lower(masked, metric, limit, multiple)
+    with torch.no_grad():
+        for name, bit in _living(masked, masked.scores, multiple).items():
+            score = masked.scores[name]
+            score.copy_(torch.where(bit, score.clamp(min=BARE), score.clamp(max=-BARE)))
 
 
-def _lower(masked: Masked, metric: str, limit: float) -> None:
+def _living(masked: Masked, scores: Mapping[str, Tensor], multiple: int) -> Bits:
+    """What scores keep: of every tensor the nearest multiple of channels, the best ones; at least one
+    multiple, and all of a tensor that has fewer.
+    """
+    bits = {name: score.detach() > 0 for name, score in scores.items()}
+    if multiple > 1 and CHANNELS in bits:
+        for chain in masked.channels.chains:
+            units = torch.tensor(chain, device=masked.device)
+            kept = max(1, round(int(bits[CHANNELS][units].sum()) / multiple)) * multiple
+            best = scores[CHANNELS].detach()[units].topk(min(kept, len(chain))).indices
+            bits[CHANNELS][units] = False
+            bits[CHANNELS][units[best]] = True
+    return bits
+
+
+def _lower(masked: Masked, metric: str, limit: float, multiple: int) -> None:
     prices = _prices(masked, metric)
 
     def lowered(multiplier: float) -> Bits:
-        return {name: score.detach() - multiplier * prices[name] > 0 for name, score in masked.scores.items()}
+        scores = {name: score.detach() - multiplier * prices[name] for name, score in masked.scores.items()}
+        return _living(masked, scores, multiple)
 
     low, high = 0.0, 1e-2
     while found(masked, lowered(high))[metric] > limit and high < FAR:

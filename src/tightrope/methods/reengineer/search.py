@@ -39,6 +39,7 @@ class Settings:
     lr_head: float
     distill: float
     augment: bool
+    multiple: int
     seed: int
 
 
@@ -134,7 +135,8 @@ class Search:
             decay()
             if done % EVERY == 0 or done % per_epoch == 0:
                 tightened = min(1.0, done / (TIGHTENED * steps))
-                project(self.masked, {m: whole[m] * (v / whole[m]) ** tightened for m, v in now.items()})
+                limited = {m: whole[m] * (v / whole[m]) ** tightened for m, v in now.items()}
+                project(self.masked, limited, self.settings.multiple)
 
         def train(epoch: int) -> None:
             nonlocal done
