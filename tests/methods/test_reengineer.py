@@ -18,6 +18,7 @@ from tightrope.bundle import Bundle
 from tightrope.data import load, parse_task, view
 from tightrope.errors import BudgetError, InputError
 from tightrope.graph import trace
+from tightrope.learning import Wanted
 from tightrope.methods import configure
 from tightrope.methods.reengineer import ReengineerMethod
 from tightrope.methods.reengineer.heads import attach
@@ -46,6 +47,42 @@ def masked(granularity: str = "weight") -> Masked:
 def learn(budget: str, *, task=TASK, cost=PLAIN, **config):
     method = ReengineerMethod(**{"epochs": 1, "controls": False} | config)
     return method.learn(GRAPH, view(DATA, task), task=task, budget=Budget.parse(budget), cost=cost)
+
+
+def test_single_weights_that_are_masked_may_not_grow_again_but_channels_are_gone(tmp_path):
+    assert ReengineerMethod(granularity="channel").tunable
+    assert not ReengineerMethod(granularity="hybrid").tunable
+    bundle = pipeline.search(
+        model="demo", data="embedded", method="reengineer", budget="weights<=0.9x",
+        config={"epochs": 1, "controls": False}, wanted=Wanted(classes="3"), out=tmp_path / "b",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="trained this network already"):
+        pipeline.train(bundle, pipeline.Recipe(epochs=0.1))
+
+
+@pytest.mark.parametrize(("multiple", "share"), [(4, 0.6), (8, 0.9), (3, 0.35)])
+def test_tensors_keep_multiples_of_channels_within_the_limit(multiple, share):
+    found = masked("channel")
+    scores = found.scores["channels"].detach()  # shares its memory
+    torch.manual_seed(0)
+    scores.copy_(torch.rand_like(scores))
+    whole = spent(found, found.snapshot())
+    project(found, {"macs": share * whole["macs"]}, multiple)
+    living = found.snapshot()["channels"]
+    for chain in found.channels.chains:
+        kept = int(living[list(chain)].sum())
+        assert kept % multiple == 0 or kept == len(chain)
+        assert kept >= min(multiple, len(chain))
+        dead = [float(scores[k]) for k in chain if not living[k]]
+        assert not dead or max(dead) < min(float(scores[k]) for k in chain if living[k])
+    assert 0.5 * share < spent(found, found.snapshot())["macs"] / whole["macs"] <= share
+
+
+def test_multiples_are_of_channels():
+    with pytest.raises(InputError, match="multiples are of channels"):
+        ReengineerMethod(multiple=8)
+    with pytest.raises(InputError, match="multiple must be positive"):
+        ReengineerMethod(granularity="channel", multiple=0)
 
 
 def test_a_score_of_0_is_off_and_gradients_are_clipped_straight_through():
@@ -192,7 +229,15 @@ def test_the_whole_way_and_what_it_refuses(tmp_path, monkeypatch, capsys):
     assert "e+0" not in page  # counts in full
     assert call(monkeypatch, "run", out, "--runtime", "onnx", "--estimate") == 0
     assert "only the whole has a time" in capsys.readouterr().out
-    refused(monkeypatch, capsys, "finetune", out, says="trained this network already")
+    planned = Bundle(out).plan().predicted
+    capsys.readouterr()
+    assert call(monkeypatch, "finetune", out, "--epochs", "0.5", "--json") == 0
+    tuned = json.loads(capsys.readouterr().out)
+    restricted = Bundle(out).record()["controls"]["restricted"]
+    assert tuned["validation_base"] == pytest.approx(restricted)  # the teacher answers within the task
+    assert tuned["validation"] > tuned["validation_untuned"] - 0.02
+    spent = sum(base_cost(op).macs for op in Bundle(out).program().ops)
+    assert spent == planned.macs  # no channel has come back
     for verb in (("curve", out), ("solve", out, "--budget", "macs<=0.9x", "--out", tmp_path / "c")):
         refused(monkeypatch, capsys, *verb, says="this plan was learned")
     path = out / "plan.safetensors"
