@@ -38,6 +38,7 @@ from tightrope.solve.select import price, select
 from tightrope.types import Budget, Problem
 
 BARS = {"drelus<=12%": 1.5, "drelus<=6%": 3.0}  # points of test accuracy that may be lost
+EPOCHS = 4
 MARGIN = 2.0  # points above the best control
 VARIANTS = ("tightrope", "random", "per_layer", "uniform", "layers")
 RECIPE = Recipe(precision="bf16-mixed")  # faster on a processor that has it
@@ -99,8 +100,9 @@ def _times(budget: Budget, factor: float) -> Budget:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_block_relu"))
     options = parser.parse_args()
@@ -123,7 +125,7 @@ def main() -> None:
         row("fast distortion: network passes saved, at least 50x", ratio, "x", ratio >= 50),
         row("test accuracy of the original network (no bar)", original, "%"),
     ]
-    jobs = [(t, n, s, options.epochs) for n in VARIANTS for s in range(options.seeds) for t in BARS]
+    jobs = [(t, n, s, options.epochs) for n in options.variants for s in range(options.seeds) for t in BARS]
     context = multiprocessing.get_context("spawn")
     results: dict[Job, float] = {}
     devices: set[str] = set()
@@ -134,7 +136,9 @@ def main() -> None:
             devices.add(future.result()["trained_on"])
             print(*waiting[future], future.result(), flush=True)
     for text, allowed in BARS.items():
-        scores = {n: [results[text, n, s, options.epochs] for s in range(options.seeds)] for n in VARIANTS}
+        scores = {
+            n: [results[text, n, s, options.epochs] for s in range(options.seeds)] for n in options.variants
+        }
         means = {name: statistics.mean(values) for name, values in scores.items()}
         for name, values in scores.items():
             ours = name == "tightrope"
@@ -147,12 +151,15 @@ def main() -> None:
                 row(f"{what}, mean ({bar})", means[name], "%", holds),
                 row(f"{what}, standard deviation", spread, "%"),
             ]
-        best = max(VARIANTS[1:], key=lambda name: means[name])
+        best = max(options.variants[1:], key=lambda name: means[name])
         margin = means["tightrope"] - means[best]
         bar = f"{text}: at least {MARGIN:g} points above the best control ({best})"
         rows.append(row(bar, margin, "points", margin >= MARGIN))
     command = f"python benchmarks/bench_block_relu.py --epochs {options.epochs} --seeds {options.seeds}"
-    write("block_relu", [{"issue": 1, "command": command, **found} for found in rows])
+    if options.variants != list(VARIANTS):
+        command += f" --variants {' '.join(options.variants)}"
+    name = "block_relu" if options.epochs == EPOCHS else f"block_relu_{options.epochs}"
+    write(name, [{"issue": 1, "command": command, **found} for found in rows])
 
 
 if __name__ == "__main__":
