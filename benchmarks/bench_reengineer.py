@@ -81,6 +81,11 @@ DONORS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def alpha(task: str) -> float:
+    """In the paper 1 to 2, in 300 epochs."""
+    return 2.0 if "," in task else 3.0
+
+
 @dataclass(frozen=True)
 class Job:
     """One search, and how large it is."""
@@ -94,13 +99,8 @@ class Job:
     images: int
     budget: str
 
-    @property
-    def alpha(self) -> float:
-        """In the paper 1 to 2, in 300 epochs."""
-        return 2.0 if "," in self.task else 3.0
-
     def file(self, work: Path) -> Path:
-        how = f"{self.alpha:g}" if self.mode == "reference" else self.budget.replace("<=", "-")
+        how = f"{alpha(self.task):g}" if self.mode == "reference" else self.budget.replace("<=", "-")
         size = f"{self.donor_epochs}-{self.epochs}-{self.images}"
         return work / f"{self.donor}-{self.task}-{self.mode}-{how}-{self.seed}-{size}.json"
 
@@ -155,7 +155,7 @@ def searched(job: Job, work: Path) -> Json:
     graph = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
     config, budget = CONFIGS.get(job.mode), job.budget
     if config is None:
-        config, budget = {**PUBLISHED, "alpha": job.alpha}, "weights<=1x"
+        config, budget = {**PUBLISHED, "alpha": alpha(job.task)}, "weights<=1x"
     task = parse_task(data.classes, chosen=job.task, seed=job.seed)
     part = view(data, task)
     if job.images:
@@ -208,7 +208,8 @@ def rows(found: dict[tuple[str, str, str, int], Json]) -> list[Json]:
     for donor_name, task, mode in sorted({key[:3] for key in found}):
         runs = [r for key, r in found.items() if key[:3] == (donor_name, task, mode)]
         gain = 100 * statistics.mean(r["test"] - r["test_restricted"] for r in runs)
-        what = f"{donor_name}, classes {task}, {mode}, {len(runs)} seed(s)"
+        how = "fine-tuned" if mode in CONFIGS else f"alpha {alpha(task):g}"
+        what = f"{donor_name}, classes {task}, {mode}, {how}, {len(runs)} seed(s)"
         what += "".join(f", trained on {d}" for d in sorted({r["trained_on"] for r in runs} - {""}))
         result.append(
             row(f"{what}: test accuracy minus the restricted donor's, >= 0", gain, "points", gain >= 0)
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--donor-epochs", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--images", type=int, default=0, help="training images of a task; 0: all")
     parser.add_argument("--budget", default="macs<=0.2x", help="of the channel mode")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -277,7 +278,13 @@ def main() -> None:
     found = {(j.donor, j.task, j.mode, j.seed): timed(j, data, options.work) for j in there}
     command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs}"
     command += f" --budget '{options.budget}' --donor-epochs {options.donor_epochs} --seeds {options.seeds}"
-    write("reengineer", [{"issue": 4, "command": command, **r} for r in rows(found)])
+    whole = options.modes == list(MODES)
+    if not whole:
+        command += f" --modes {' '.join(options.modes)} --tasks {' '.join(options.tasks)}"
+    write(
+        "reengineer" if whole else f"reengineer_{'_'.join(options.modes)}",
+        [{"issue": 4, "command": command, **r} for r in rows(found)],
+    )
 
 
 if __name__ == "__main__":

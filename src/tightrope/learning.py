@@ -16,6 +16,7 @@ from tightrope.errors import InputError
 from tightrope.graph import Graph
 from tightrope.methods import Learned, Learner, Progress
 from tightrope.place import model_sha256
+from tightrope.rewrite import method_of
 from tightrope.shard import Shard
 from tightrope.types import Budget, Json, Link, Plan
 
@@ -142,7 +143,7 @@ def learn_each(
         one = Wanted(classes=str(k))
         learn(
             donor, one, budget, paths[k],
-            overwrite=overwrite, progress=lambda *_: None, warn=warn, shard=Shard(),
+            overwrite=overwrite, progress=lambda *_: None, warn=warn, shard=Shard(device=shard.device),
         )  # fmt: skip
         progress("tasks", done + 1, len(own))
     shard.barrier()
@@ -153,8 +154,7 @@ def _made(path: Path, donor: Donor, budget: Budget, sha256: str) -> bool:
     if not (path / "plan.json").is_file():
         return False
     plan = Bundle(path).plan()
-    config = asdict(donor.method)  # type: ignore[call-overload]
-    return (plan.base_sha256, plan.budget, dict(plan.config)) == (sha256, str(budget), config)
+    return (plan.base_sha256, plan.budget, method_of(plan)) == (sha256, str(budget), donor.method)
 
 
 def keep(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,11 @@ class Channels:
     out: Mapping[str, Tensor] = field(default_factory=dict)
     into: Mapping[str, Tensor] = field(default_factory=dict)
     chains: tuple[tuple[int, ...], ...] = ()
+
+    @cached_property
+    def separate(self) -> tuple[tuple[int, ...], ...]:
+        """The chains that contain no other one: of a concatenation its parts."""
+        return tuple(c for c in self.chains if not any(set(other) < set(c) for other in self.chains))
 
     def to(self, device: torch.device) -> Channels:
         """The same, its tensors on a device."""

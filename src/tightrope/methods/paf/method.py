@@ -165,7 +165,8 @@ class PafMethod:
         shard.barrier()  # nobody writes before everybody has read
         losses = {s: arrays["loss"] for s, arrays in saved.items() if arrays is not None}
         missing = {s: found for s, found in choices.items() if s not in losses}
-        measured = distortions(graph, missing, self.rewrite, self._images(data, shard)) if missing else ()
+        images = self._images(data, shard)
+        measured = distortions(graph, missing, self.rewrite, images, shard.device) if missing else ()
         for k, (site, sums, images_seen) in enumerate(measured):
             (count,) = shard.total(torch.tensor([float(images_seen)])).tolist()
             losses[site] = shard.total(torch.tensor(sums)).numpy() / count

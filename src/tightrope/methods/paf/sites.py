@@ -46,12 +46,13 @@ def distortions(
     options: Mapping[str, Sequence[Json]],
     rewrite: Callable[[Site, nn.Module, Json], nn.Module],
     images: Iterable[Tensor],
+    device: torch.device,
 ) -> Iterator[tuple[str, FloatArray, int]]:
     """By site, for each choice, summed over the images: the mean squared change of the outputs when that site
-    alone is replaced. And the number of images. Computed where the images are.
+    alone is replaced. And the number of images. These are on `device`, where the graph need not be.
     """
     batches = list(images)
-    network = place(graph, {}, rewrite).module.to(batches[0].device)
+    network = place(graph, {}, rewrite).module.to(device)
     sites = {s.name: s for s in graph.sites}
     with torch.no_grad():
         wanted = [network(x) for x in batches]
@@ -59,7 +60,7 @@ def distortions(
         original, sums = network.get_submodule(name), np.zeros(len(choices))
         for j, choice in enumerate(choices):
             new = rewrite(sites[name], original, choice).eval()
-            network.set_submodule(name, new.to(batches[0].device))
+            network.set_submodule(name, new.to(device))
             with torch.no_grad():
                 for x, y in zip(batches, wanted, strict=True):
                     sums[j] += float((network(x) - y).double().square().flatten(1).mean(1).sum())

@@ -52,8 +52,8 @@ class ReengineerMethod:
     `head`: see `heads.attach`. `floor`: accuracy in [0, 1] that the result may lose at most against the
     restricted donor, on validation images; None for no floor. `distill`: weight of the donor's restricted
     outputs. `patience`: epochs, of the reference mode. `controls`: measure what a user could do instead.
-    `multiple`: tensors keep a multiple of so many channels, as fast kernels want them; not of the reference
-    mode.
+    `multiple`: tensors keep a multiple of so many channels, or all, as fast kernels want them (of a grouped
+    convolution, groups); not of the reference mode.
     """
 
     mode: Mode = "dual"
@@ -315,7 +315,7 @@ def _missed(got: str, allowed: str, points: list[dict[str, float]]) -> BudgetErr
         "the search found no network within the limits",
         got=got,
         allowed=f"{allowed}\n  found:   {best}",
-        fix="a larger budget, more epochs, or a lower floor",
+        fix="a larger budget, more epochs, a lower floor, or a smaller multiple",
     )
 
 

@@ -41,40 +41,55 @@ def project(masked: Masked, limits: Mapping[str, float], multiple: int = 1) -> N
     with torch.no_grad():
         for score in masked.scores.values():
             score.clamp_(-1, 1)
+    ranked = {name: score.detach().clone() for name, score in masked.scores.items()}
     for metric, limit in limits.items():
-        if found(masked, _living(masked, masked.scores, multiple))[metric] > limit:
-            _lower(masked, metric, limit, multiple)
+        if found(masked, _living(masked, masked.scores, ranked, multiple))[metric] > limit:
+            _lower(masked, ranked, metric, limit, multiple)
+    _put(masked, _living(masked, masked.scores, ranked, multiple))
+
+
+def _put(masked: Masked, bits: Bits) -> None:
+    """Every score on the side of 0 that these masks say."""
     with torch.no_grad():
-        for name, bit in _living(masked, masked.scores, multiple).items():
+        for name, bit in bits.items():
             score = masked.scores[name]
             score.copy_(torch.where(bit, score.clamp(min=BARE), score.clamp(max=-BARE)))
 
 
-def _living(masked: Masked, scores: Mapping[str, Tensor], multiple: int) -> Bits:
-    """What scores keep: of every tensor the nearest multiple of channels, the best ones; at least one
-    multiple, and all of a tensor that has fewer.
+def _living(
+    masked: Masked, scores: Mapping[str, Tensor], ranked: Mapping[str, Tensor], multiple: int
+) -> Bits:
+    """What scores keep: of every tensor the nearest multiple of channels, or all of them; at least one
+    multiple. `scores` say how many, `ranked` which: prices have moved the scores of living units alone.
     """
     bits = {name: score.detach() > 0 for name, score in scores.items()}
     if multiple > 1 and CHANNELS in bits:
-        for chain in masked.channels.chains:
+        for chain in masked.channels.separate:
             units = torch.tensor(chain, device=masked.device)
-            kept = max(1, round(int(bits[CHANNELS][units].sum()) / multiple)) * multiple
-            best = scores[CHANNELS].detach()[units].topk(min(kept, len(chain))).indices
+            living = int(bits[CHANNELS][units].sum())
+            kept = min(max(1, round(living / multiple)) * multiple, len(chain))
+            if len(chain) - living < abs(kept - living):
+                kept = len(chain)
+            best = ranked[CHANNELS][units].topk(kept).indices
             bits[CHANNELS][units] = False
             bits[CHANNELS][units[best]] = True
     return bits
 
 
-def _lower(masked: Masked, metric: str, limit: float, multiple: int) -> None:
+def _lower(masked: Masked, ranked: Mapping[str, Tensor], metric: str, limit: float, multiple: int) -> None:
+    """A limit that no masks can meet leaves the fewest, and scores as they were."""
     prices = _prices(masked, metric)
 
     def lowered(multiplier: float) -> Bits:
         scores = {name: score.detach() - multiplier * prices[name] for name, score in masked.scores.items()}
-        return _living(masked, scores, multiple)
+        return _living(masked, scores, ranked, multiple)
 
     low, high = 0.0, 1e-2
-    while found(masked, lowered(high))[metric] > limit and high < FAR:
+    while found(masked, lowered(high))[metric] > limit:
         low, high = high, 4 * high
+        if high > FAR:
+            _put(masked, lowered(high))
+            return
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         if found(masked, lowered(middle))[metric] <= limit:
