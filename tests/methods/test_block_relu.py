@@ -296,12 +296,16 @@ def test_losses_in_a_tuned_network_are_its_errors_against_the_original(trained, 
             shapes = [*before[:c], list(parse(table.labels[k])), *before[c + 1 :]]
             tuned.set_submodule(table.site, BlockReLU(shapes))
             errors = []
-            for factor in (1.0, *np.linspace(-1, 3, 401)) if repair else (1.0,):
+            for factor in (1.0, 0.0, 2.0) if repair else (1.0,):
                 scale = torch.ones(len(shapes)).index_fill(0, torch.tensor([c]), float(factor))
                 hook = tuned.get_submodule(table.site).register_forward_hook(
                     lambda m, a, y, scale=scale: y * scale[:, None, None]
                 )
                 errors.append(float((tuned(x).double() - wanted).square().mean()))
                 hook.remove()
-            assert table.loss[c, k] <= min(errors) * (1 + 1e-4)
-            assert table.loss[c, k] == pytest.approx(min(errors), rel=1e-4 if not repair else 1e-2)
+            least = errors[0]
+            if repair:  # of the parabola through the three: its vertex
+                one, zero, two = errors
+                bend, slope = (zero + two) / 2 - one, (4 * one - 3 * zero - two) / 2
+                least = zero - slope**2 / (4 * bend)
+            assert table.loss[c, k] == pytest.approx(least, rel=1e-4 if not repair else 1e-3)
