@@ -19,7 +19,6 @@ from torch import nn
 from _lite0 import NEEDED, lite0, photographs
 from _mpc import GIB, Runs, calibrated, planned, runs, settled
 from _rows import row, write
-from bench_networks import without_compiled_torchvision
 from tightrope import models, trace
 from tightrope.data import load
 from tightrope.program import Program
@@ -40,7 +39,6 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="site-packages with weights and photographs for lite0")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    without_compiled_torchvision()
     for part in options.parts or PARTS:
         rows = PARTS[part](options.packages)
         for found in rows:

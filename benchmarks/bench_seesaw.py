@@ -4,22 +4,31 @@ All four are trained anew by one recipe with the demo network as teacher, so tha
 differs, and compared on test images. Without --full: a small space, few images and two seeds, to see whether
 the script works and which way it points.
 
-    python benchmarks/bench_seesaw.py [--full]
+    python benchmarks/bench_seesaw.py [--full]       # resumes when interrupted
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
+import json
 import math
+import multiprocessing
+import os
 import statistics
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from _rows import row, write
+from _rows import row, trained_on, write
 from tightrope import data as datasets
 from tightrope import models
 from tightrope.choose import freeze
@@ -28,15 +37,20 @@ from tightrope.evaluate import accuracy
 from tightrope.finetune import Recipe, finetune
 from tightrope.graph import trace
 from tightrope.lower import lower
-from tightrope.methods import Learned
+from tightrope.methods import Learned, Shown
 from tightrope.methods.seesaw import SeesawMethod
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.space import Aggregate, Architecture, Block, Space
 from tightrope.program import base_cost
 from tightrope.runtimes.mpc import MPC
+from tightrope.shard import launch
 from tightrope.types import Budget, Cost, total
 
-RUNS = 5  # of one image, for the median time
+Json = dict[str, Any]
+SEARCHED = "searched"
+NETWORKS = (SEARCHED, "random gates", "no extra operators", "wide residual")
+ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS, WARM_UP = 20, 5  # of one image, for the median time
 TOLERANCE = 0.10  # of the multiplications and ReLUs of a wide residual network
 
 
@@ -49,6 +63,15 @@ class Size:
     budgets: tuple[int, ...]
     seeds: int
     recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        """Of the files of a size: results of other settings are not reused."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
+    @property
+    def words(self) -> str:
+        return f", reduced: {self.recipe.limit:,} images" if self.recipe.limit else ""
 
 
 REDUCED = Size(
@@ -169,58 +192,112 @@ def random_gates(space: Space, network: Architecture, drelus: float, seed: int) 
     return Architecture(tuple(blocks), tuple(aggregates))
 
 
-def scores(make, data: Data, teacher: nn.Module, size: Size) -> list[float]:
-    """Test accuracy of new weights, by seed."""
-    found = []
-    for seed in range(size.seeds):
-        torch.manual_seed(seed)
-        tuned = finetune(make(seed), data, teacher=teacher, recipe=replace(size.recipe, seed=seed))
-        found.append(accuracy(tuned, data, "test"))
+@dataclass(frozen=True)
+class Job:
+    """One training: of the network searched for `limit` DReLUs, or of one of its rivals."""
+
+    limit: int
+    network: str
+    seed: int
+
+    def file(self, size: Size, work: Path) -> Path:
+        return work / f"{size.key}-{self.limit}-{self.network.replace(' ', '-')}-{self.seed}.json"
+
+
+def searched(limit: int, size: Size, work: Path) -> Learned:
+    """What the search found, kept in files."""
+    path = work / f"{size.key}-{limit}"
+    if not path.with_suffix(".json").exists():
+        torch.set_num_threads(1)
+        data = datasets.load(size.data)
+        graph = trace(models.resolve("demo"), data.input_shape)
+        learned = size.method.learn(
+            graph, data, task=None, budget=Budget.parse(f"drelus<={limit}"), cost=MPC().pricing(),
+            shard=launch(accelerator=ACCELERATOR),
+        )  # fmt: skip
+        save_file({k: v.contiguous() for k, v in learned.tensors.items()}, path.with_suffix(".safetensors"))
+        said = {"choices": learned.choices, "predicted": asdict(learned.predicted),
+                "rows": learned.shown[0].rows, "accuracy": learned.accuracy}  # fmt: skip
+        path.with_suffix(".json").write_text(json.dumps(said))
+    said = json.loads(path.with_suffix(".json").read_text())
+    return Learned(
+        choices=said["choices"],
+        tensors=load_file(path.with_suffix(".safetensors")),
+        predicted=Cost(**said["predicted"]),
+        baseline=Cost(),
+        loss=1 - said["accuracy"],
+        accuracy=said["accuracy"],
+        shown=(Shown(title="", columns=(), rows=tuple(tuple(row) for row in said["rows"])),),
+    )
+
+
+def makers(learned: Learned, size: Size, data: Data) -> dict[str, Callable[[int], nn.Module]]:
+    """By name, a network with new weights, of a seed."""
+    space = size.method.space_for(data.input_shape, len(data.classes))
+    network = Architecture.from_json(learned.choices, space)
+    bare = replace(network, blocks=tuple(Block(("conv_3",), b.relu) for b in network.blocks))
+    bare_space = replace(space, operators=tuple(dict.fromkeys((*space.operators, "conv_3"))))
+    macs, drelus = learned.predicted.macs, learned.predicted.drelus
+    shape = wide(data.input_shape[1], len(data.classes), len(space.blocks), macs, drelus)
+    return {
+        SEARCHED: lambda seed: assemble(space, network),
+        "random gates": lambda seed: assemble(space, random_gates(space, network, drelus, seed)),
+        "no extra operators": lambda seed: assemble(bare_space, bare),
+        "wide residual": lambda seed: Wide(shape, len(data.classes)),
+    }
+
+
+def trained(job: Job, size: Size, work: Path) -> Json:
+    """Test accuracy, and what it costs; the weights of a searched network are kept beside."""
+    path = job.file(size, work)
+    if not path.exists():
+        torch.set_num_threads(1)
+        data = datasets.load(size.data)
+        torch.manual_seed(job.seed)
+        net = makers(searched(job.limit, size, work), size, data)[job.network](job.seed)
+        cost = counts(net, data.input_shape)
+        teacher, recipe = models.resolve("demo"), replace(size.recipe, seed=job.seed)
+        tuned = finetune(net, data, teacher=teacher, recipe=recipe)
+        found = {split: accuracy(tuned, data, split) for split in ("validation", "test")}
+        found |= {"drelus": cost.drelus, "macs": cost.macs, "trained_on": trained_on()}
+        if job.network == SEARCHED:
+            save_file(
+                {k: v.contiguous() for k, v in tuned.state_dict().items()}, path.with_suffix(".safetensors")
+            )
+        path.write_text(json.dumps(found))
+    read: Json = json.loads(path.read_text())
+    return read
+
+
+def rows(results: Mapping[Job, Json], size: Size, data: Data, work: Path) -> list[Json]:
+    found: list[Json] = []
+    for limit in size.budgets:
+        learned = searched(limit, size, work)
+        print(f"drelus<={limit}: {learned.predicted.drelus:,.0f} DReLUs", flush=True)
+        print(*(f"  {row}" for row in learned.shown[0].rows), sep="\n", flush=True)
+        runs = {name: [results[Job(limit, name, s)] for s in range(size.seeds)] for name in NETWORKS}
+        scores = {name: [r["test"] for r in of_name] for name, of_name in runs.items()}
+        devices = {r["trained_on"] for of_name in runs.values() for r in of_name} - {""}
+        where = "".join(f", trained on {device}" for device in sorted(devices)) + size.words
+        for name, values in scores.items():
+            cost = runs[name][0]
+            size_of = f"{cost['drelus']:,.0f} DReLUs, {cost['macs'] / 1e6:.1f} million MACs"
+            what = f"drelus<={limit}: {name}, {size_of}"
+            mean = 100 * statistics.mean(values)
+            found.append(row(f"{what}, test accuracy, mean of {size.seeds} seeds{where}", mean, "%"))
+            found.append(row(f"{what}, standard deviation{where}", 100 * _variance(values) ** 0.5, "%"))
+        mine = scores.pop(SEARCHED)
+        for name, other in scores.items():
+            margin = statistics.mean(mine) - statistics.mean(other)
+            error = (_variance(mine) + _variance(other)) ** 0.5 / size.seeds**0.5
+            holds = margin >= 0.005 or 0 < 2 * error <= margin
+            bar = f"drelus<={limit}: points above {name} (bar: 0.5, or 2 standard errors){where}"
+            found.append(row(bar, 100 * margin, "points", holds))
+        found += timed(size, learned, data, limit)
     return found
 
 
-def compare(size: Size, command: str) -> list[dict[str, object]]:
-    data = datasets.load(size.data)
-    teacher = models.resolve("demo")
-    graph = trace(teacher, data.input_shape)
-    space = size.method.space_for(data.input_shape, len(data.classes))
-    rows: list[dict[str, object]] = []
-    for limit in size.budgets:
-        budget = Budget.parse(f"drelus<={limit}")
-        learned = size.method.learn(graph, data, task=None, budget=budget, cost=MPC().pricing())
-        network = Architecture.from_json(learned.choices, space)
-        drelus = learned.predicted.drelus
-        bare = replace(network, blocks=tuple(Block(("conv_3",), b.relu) for b in network.blocks))
-        bare_space = replace(space, operators=tuple(dict.fromkeys((*space.operators, "conv_3"))))
-        predicted, stages = learned.predicted, len(space.blocks)
-        shape = wide(data.input_shape[1], len(data.classes), stages, predicted.macs, predicted.drelus)
-        rivals = {
-            "random gates": lambda seed, n=network, d=drelus: assemble(
-                space, random_gates(space, n, d, seed)
-            ),
-            "no extra operators": lambda seed, s=bare_space, b=bare: assemble(s, b),
-            "wide residual": lambda seed, s=shape: Wide(s, len(data.classes)),
-        }
-        mine = scores(lambda seed, n=network: assemble(space, n), data, teacher, size)
-        print(
-            f"{budget}: {drelus:,.0f} DReLUs, {learned.predicted.macs:,.0f} MACs, {_said(mine)}", flush=True
-        )
-        print(*(f"  {row}" for row in learned.shown[0].rows), sep="\n", flush=True)
-        rows.append(_row(size, command, f"accuracy at {budget}", 100 * statistics.mean(mine), "%", None))
-        rows += timed(size, learned, data, command, budget)
-        for name, make in rivals.items():
-            other = scores(make, data, teacher, size)
-            cost = counts(make(0), data.input_shape)
-            margin = statistics.mean(mine) - statistics.mean(other)
-            error = (_variance(mine) + _variance(other)) ** 0.5 / size.seeds**0.5
-            print(f"  {name}: {_said(other)}, {cost.drelus:,.0f} DReLUs, {cost.macs:,.0f} MACs", flush=True)
-            holds = margin >= 0.005 or 0 < 2 * error <= margin
-            bar = f"points above {name} at {budget} (bar: 0.5, or 2 standard errors)"
-            rows.append(_row(size, command, bar, 100 * margin, "points", holds))
-    return rows
-
-
-def timed(size: Size, learned: Learned, data: Data, command: str, budget: Budget) -> list[dict[str, object]]:
+def timed(size: Size, learned: Learned, data: Data, limit: int) -> list[Json]:
     """One image at a time under mpc, on loopback: what its cost model says of it, and what it takes."""
     graph = trace(models.resolve("demo"), data.input_shape)
     model = size.method.rebuild(graph, learned.choices, learned.tensors)
@@ -233,12 +310,17 @@ def timed(size: Size, learned: Learned, data: Data, command: str, budget: Budget
             _, measured = session.run(x)
             times.append(measured.total.online_ms)
             drelus = measured.total.drelus
-    off = abs(statistics.median(times) / predicted.online_ms - 1)
-    what = f"online time predicted, off by, at {budget} (bar: 15 %)"
-    more = drelus - learned.predicted.drelus
+    median = statistics.median(times[WARM_UP:])
+    off, more = abs(median / predicted.online_ms - 1), drelus - learned.predicted.drelus
     return [
-        _row(size, command, what, 100 * off, "%", off <= 0.15),
-        _row(size, command, f"executed minus planned DReLUs at {budget}", more, "", more == 0),
+        row(f"drelus<={limit}: online time under mpc, median of {RUNS - WARM_UP}{size.words}", median, "ms"),
+        row(
+            f"drelus<={limit}: predicted online time, off by (bar: 15 %){size.words}",
+            100 * off,
+            "%",
+            off <= 0.15,
+        ),
+        row(f"drelus<={limit}: executed minus planned DReLUs{size.words}", more, "DReLUs", more == 0),
     ]
 
 
@@ -246,24 +328,32 @@ def _variance(values: list[float]) -> float:
     return statistics.variance(values) if len(values) > 1 else 0.0
 
 
-def _said(values: list[float]) -> str:
-    return " ".join(f"{v:.2%}" for v in values)
-
-
-def _row(
-    size: Size, command: str, bar: str, value: float, unit: str, holds: bool | None
-) -> dict[str, object]:
-    where = "" if size is FULL else f", reduced: {size.recipe.limit:,} images, {size.seeds} seeds"
-    return row(bar + where, value, unit, holds) | {"issue": 6, "command": command}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="full Fashion-MNIST, three seeds")
-    full = parser.parse_args().full
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_seesaw"))
+    parser.add_argument("--train", action="store_true", help="no times, no rows: the next run has them")
+    options = parser.parse_args()
+    size = FULL if options.full else REDUCED
+    options.work.mkdir(parents=True, exist_ok=True)
+    data = datasets.load(size.data)
+    jobs = [Job(limit, name, s) for limit in size.budgets for name in NETWORKS for s in range(size.seeds)]
+    context = multiprocessing.get_context("spawn")
+    results: dict[Job, Json] = {}
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        for future in [pool.submit(searched, limit, size, options.work) for limit in size.budgets]:
+            print(future.result().shown[0].rows, flush=True)
+        waiting = {pool.submit(trained, job, size, options.work): job for job in jobs}
+        for future in as_completed(waiting):
+            results[waiting[future]] = future.result()
+            print(waiting[future], future.result(), flush=True)
+    if options.train:
+        return
     torch.set_num_threads(1)
-    command = "python benchmarks/bench_seesaw.py" + (" --full" if full else "")
-    write("seesaw" if full else "seesaw_reduced", compare(FULL if full else REDUCED, command))
+    command = "python benchmarks/bench_seesaw.py" + (" --full" if options.full else "")
+    name = "seesaw" if options.full else "seesaw_reduced"
+    write(name, [{"issue": 6, "command": command, **r} for r in rows(results, size, data, options.work)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""Accuracy by DReLUs: seesaw alone, block_relu on a ResNet-18, and block_relu on what seesaw found.
+
+    python benchmarks/bench_seesaw.py --full --train      # the networks that seesaw found, trained
+    python benchmarks/bench_seesaw_curve.py               # resumes when interrupted
+
+Fashion-MNIST, one seed but for seesaw's three. The ResNet-18 has its usual width. Every network of block_relu
+is fine-tuned as long as one of seesaw is trained, with the network that it was made of as teacher. The test
+split is read once per fine-tuned network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from _rows import row, trained_on, write
+from bench_seesaw import ACCELERATOR, FULL, SEARCHED, Job, Json, searched, trained
+from tightrope import data as datasets
+from tightrope import models
+from tightrope.data import Data
+from tightrope.evaluate import accuracy
+from tightrope.finetune import Recipe, finetune
+from tightrope.graph import Graph, trace
+from tightrope.methods.block_relu import BlockReluMethod
+from tightrope.pipeline import quiet
+from tightrope.place import place
+from tightrope.runtimes.mpc import MPC
+from tightrope.runtimes.plain import Plain
+from tightrope.shard import launch
+from tightrope.solve.select import select
+from tightrope.types import Budget, Problem
+
+METHOD = BlockReluMethod(samples=512)
+BASE = Recipe(epochs=8, lr=0.1, augment=True)
+TUNED = Recipe(epochs=FULL.recipe.epochs)
+RESNET = "resnet18"
+CURVE = {
+    RESNET: (4000, 8000, 16000, 32000),
+    "8000": (2000, 4000),
+    "16000": (4000, 8000),
+    "32000": (8000, 16000),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """block_relu on the ResNet-18, or on what seesaw found for as many DReLUs as `base` says."""
+
+    base: str
+    limit: int
+
+    def file(self, work: Path) -> Path:
+        return work / f"curve-{self.base}-{self.limit}.json"
+
+
+def base(name: str, data: Data, work: Path) -> nn.Module:
+    """The network that block_relu starts with."""
+    if name == RESNET:
+        net = models.resolve(RESNET, num_classes=len(data.classes), in_channels=1)
+        net.load_state_dict(load_file(work / f"{RESNET}.safetensors"))
+        return net.eval()
+    learned = searched(int(name), FULL, work)
+    weights = load_file(Job(int(name), SEARCHED, 0).file(FULL, work).with_suffix(".safetensors"))
+    graph = trace(models.resolve("demo"), data.input_shape)
+    model = FULL.method.rebuild(graph, learned.choices, weights)
+    return FULL.method.finish(model, data.input_shape, MPC().pricing())
+
+
+def measured(name: str, work: Path) -> float:
+    """Measure the options once, in a file; test accuracy of the network before."""
+    torch.set_num_threads(1)
+    data = datasets.load("fashion-mnist")
+    path = work / f"curve-{name}.npz"
+    if name == RESNET and not (work / f"{RESNET}.safetensors").exists():
+        torch.manual_seed(0)
+        net = models.resolve(RESNET, num_classes=len(data.classes), in_channels=1)
+        save_file(
+            {k: v.contiguous() for k, v in finetune(net, data, recipe=BASE).state_dict().items()},
+            work / f"{RESNET}.safetensors",
+        )
+    net = base(name, data, work)
+    if not path.exists():
+        METHOD.measure(
+            trace(net, data.input_shape), data, cost=Plain(), workdir=None, progress=quiet,
+            shard=launch(accelerator=ACCELERATOR),
+        ).save(path)  # fmt: skip
+    return accuracy(net, data, "test")
+
+
+def tuned(point: Point, work: Path) -> Json:
+    path = point.file(work)
+    if not path.exists():
+        torch.set_num_threads(1)
+        data = datasets.load("fashion-mnist")
+        net = base(point.base, data, work)
+        graph: Graph = trace(net, data.input_shape)
+        problem = Problem.load(work / f"curve-{point.base}.npz")
+        selection = select(problem, Budget.parse(f"drelus<={point.limit}"))
+        rewritten = place(graph, METHOD.choices(problem, selection.picked), METHOD.rewrite).module
+        result = finetune(rewritten, data, teacher=net, recipe=replace(TUNED, seed=0))
+        found = {"drelus": selection.cost.drelus, "test": accuracy(result, data, "test")}
+        path.write_text(json.dumps(found | {"trained_on": trained_on()}))
+    read: Json = json.loads(path.read_text())
+    return read
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--bases", nargs="+", default=list(CURVE), choices=list(CURVE))
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_seesaw"))
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    before: dict[str, float] = {}
+    found: dict[Point, Json] = {}
+    options.work.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        bases = {pool.submit(measured, name, options.work): name for name in options.bases}
+        points = {}
+        for future in as_completed(bases):
+            name = bases[future]
+            before[name] = future.result()
+            print(name, before[name], flush=True)
+            points |= {pool.submit(tuned, p, options.work): p for p in (Point(name, n) for n in CURVE[name])}
+        for future in as_completed(points):
+            found[points[future]] = future.result()
+            print(points[future], future.result(), flush=True)
+    if set(options.bases) != set(CURVE):
+        return
+    rows = []
+    for limit in FULL.budgets:
+        runs = [trained(Job(limit, SEARCHED, s), FULL, options.work) for s in range(FULL.seeds)]
+        mean = 100 * statistics.mean(r["test"] for r in runs)
+        rows.append(row(f"seesaw alone, {runs[0]['drelus']:,.0f} DReLUs, mean of 3 seeds", mean, "%"))
+    names = {RESNET: "block_relu on a ResNet-18"}
+    for name, limits in CURVE.items():
+        what = names.get(name, f"block_relu on seesaw's network for {name} DReLUs")
+        rows.append(row(f"{what}: before", 100 * before[name], "%"))
+        for limit in limits:
+            run = found[Point(name, limit)]
+            where = f", trained on {run['trained_on']}" if run["trained_on"] else ""
+            rows.append(row(f"{what}, {run['drelus']:,.0f} DReLUs{where}", 100 * run["test"], "%"))
+    command = "python benchmarks/bench_seesaw_curve.py"
+    what = "test accuracy, Fashion-MNIST: "
+    write("seesaw_curve", [{"issue": 6, "command": command, **r, "bar": what + str(r["bar"])} for r in rows])
+
+
+if __name__ == "__main__":
+    main()
