@@ -28,6 +28,7 @@ from bench_seesaw import ACCELERATOR, FULL, SEARCHED, Job, Json, searched, train
 from tightrope import data as datasets
 from tightrope import models
 from tightrope.data import Data
+from tightrope.errors import BudgetError
 from tightrope.evaluate import accuracy
 from tightrope.finetune import Recipe, finetune
 from tightrope.graph import Graph, trace
@@ -105,7 +106,11 @@ def tuned(point: Point, work: Path) -> Json:
         net = base(point.base, data, work)
         graph: Graph = trace(net, data.input_shape)
         problem = Problem.load(work / f"curve-{point.base}.npz")
-        selection = select(problem, Budget.parse(f"drelus<={point.limit}"))
+        try:
+            selection = select(problem, Budget.parse(f"drelus<={point.limit}"))
+        except BudgetError as error:  # max-pools that seesaw chose cost more
+            print(error, flush=True)
+            return {}
         rewritten = place(graph, METHOD.choices(problem, selection.picked), METHOD.rewrite).module
         result = finetune(rewritten, data, teacher=net, recipe=replace(TUNED, seed=0))
         found = {"drelus": selection.cost.drelus, "test": accuracy(result, data, "test")}
@@ -148,6 +153,8 @@ def main() -> None:
         rows.append(row(f"{what}: before", 100 * before[name], "%"))
         for limit in limits:
             run = found[Point(name, limit)]
+            if not run:
+                continue
             where = f", trained on {run['trained_on']}" if run["trained_on"] else ""
             rows.append(row(f"{what}, {run['drelus']:,.0f} DReLUs{where}", 100 * run["test"], "%"))
     command = "python benchmarks/bench_seesaw_curve.py"
