@@ -147,8 +147,8 @@ def named(job: Job, split: str) -> str:
     return f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
 
 
-def run(job: Job, work: Path, split: str = "test") -> dict[str, float]:
-    """The result of a job, kept in a file of its own."""
+def run(job: Job, work: Path, split: str = "test") -> dict[str, Any]:
+    """The result of a job, kept in a file of its own: accuracies, and where it ran."""
     operators, seed, name, mode = job
     torch.set_num_threads(1)
     data = load("fashion-mnist")
@@ -156,13 +156,13 @@ def run(job: Job, work: Path, split: str = "test") -> dict[str, float]:
     if not saved.exists():
         teacher, graph, problem = base(operators, seed, data, work)
         if name == "":
-            result = {kind: 100 * accuracy(teacher, data, split) for kind in KINDS}  # type: ignore[arg-type]
+            result = dict.fromkeys(KINDS, 100 * accuracy(teacher, data, split))  # type: ignore[arg-type]
         else:
             chosen = choices(problem, name, mode)
             net = trained(graph, chosen, teacher, Watched(data), mode, seed)  # type: ignore[arg-type]
             result = scores(net, data, split)
-        saved.write_text(json.dumps(result))
-    found: dict[str, float] = json.loads(saved.read_text())
+        saved.write_text(json.dumps(result | {"trained_on": _rows.trained_on()}))
+    found: dict[str, Any] = json.loads(saved.read_text())
     return found
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     seeds = range(given.seeds)
     first = [(o, s, "", "") for o in OPERATORS for s in seeds]
     jobs = [(o, s, n, m) for s in seeds for o in OPERATORS for n, m in product(COMPOSITES, MODES)]
-    results: dict[Job, dict[str, float]] = {}
+    results: dict[Job, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.processes, mp_context=context) as pool:
         for part in (first, jobs):  # the ReLU networks before what is made of them
@@ -195,7 +195,12 @@ def main() -> None:
             rows += spread(f"{operators}: {name}, {mode}, {kind}", found)
         rows += claims(operators, means)
     command = "python benchmarks/bench_paf_training.py"
-    _rows.write("paf_training", [{"issue": 3, "command": command, **row} for row in rows])
+    devices = sorted({r["trained_on"] for r in results.values()} - {""})
+    where = f", trained on {', '.join(devices)}" if devices else ""
+    _rows.write(
+        "paf_training",
+        [{"issue": 3, "command": command, **row, "bar": f"{row['bar']}{where}"} for row in rows],
+    )
 
 
 def spread(what: str, values: list[float]) -> list[dict[str, object]]:
