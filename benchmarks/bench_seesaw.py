@@ -83,9 +83,7 @@ REDUCED = Size(
 )
 FULL = Size(
     "fashion-mnist",
-    SeesawMethod(
-        space="2,2,2", width=8, epochs=20, limit=16000, keep=4, branches=3, samples=2000, recovery=0
-    ),
+    SeesawMethod(space="2,2,2", width=8, epochs=20, limit=16000, keep=4, branches=3, samples=512, recovery=0),
     (8000, 16000, 32000),
     3,
     Recipe(epochs=8, lr=0.1, ema=0.998),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tightrope.bundle import Bundle
 
 DEMO_EPOCHS = 4
+ABREAST = 5  # accuracies in a row of a terminal
 RECIPE = Recipe()
 
 
@@ -223,10 +224,12 @@ def curve(
     names = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
     metric = decided(opened.problem(), Budget.parse(opened.plan().budget).limits[0].metric)
     title = f"Validation accuracy before training, and {formats.metric(metric)}"
-    table = grid(title, "budget", *names)
-    for row in rows:
-        table.add_row(f"{row['share']:.1%}", *(control(row, name, metric) for name in names))
-    view.table(table)
+    for start in range(0, len(names), ABREAST):
+        part = names[start : start + ABREAST]
+        table = grid(title if start == 0 else "", "budget", *part)
+        for row in rows:
+            table.add_row(f"{row['share']:.1%}", *(control(row, name, metric) for name in part))
+        view.table(table)
     return {"curve": rows}
 
 

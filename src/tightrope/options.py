@@ -47,5 +47,8 @@ def settings(bundle: Bundle, runtime: str, asked: Mapping[str, Json]) -> dict[st
 
         made |= ring.settings(bundle, made.pop("ring"))
     if "memory_gb" in made:
-        made["memory_bytes"] = int(made.pop("memory_gb") * 1e9)
+        gigabytes = made.pop("memory_gb")
+        if not 1e-9 <= gigabytes < 1e6:  # 0 bytes would mean: as much as is free
+            raise InputError("--memory-gb is out of range", got=gigabytes, allowed="positive, below 1e6")
+        made["memory_bytes"] = int(gigabytes * 1e9)
     return made

@@ -247,7 +247,8 @@ def measurement(view: View, measured: Measurement) -> None:
         view.say(f"offline phase: {t.offline_ms:,.0f} ms")
     if simulated:
         view.say(
-            f"times are predicted; the noise of a real run: at most {measured.config['predicted_error']:.2g}"
+            "times are predicted, and values have no noise: that of a real run is estimated at "
+            f"{measured.config['predicted_error']:.2g}"
         )
 
 

@@ -17,6 +17,7 @@ from tightrope.program import Program
 from tightrope.runtimes.ckks import lattigo
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.format import METADATA_BYTES, check_ciphertext, check_key
+from tightrope.runtimes.ckks.session import free_bytes
 from tightrope.runtimes.ckks.simulated import MARGIN
 from tightrope.runtimes.plain import evaluate
 
@@ -190,3 +191,18 @@ def test_a_server_that_dies_is_noticed_at_once(program: Program) -> None:
         with pytest.raises(ProtocolError, match="server") as error:
             opened.run(images(1).numpy())
     assert "status -9" in str(error.value)
+
+
+def test_free_memory_is_what_the_kernel_and_the_container_leave(tmp_path: Path) -> None:
+    everything = free_bytes(tmp_path)  # neither says anything, as on macOS
+    assert everything > 2**28
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert free_bytes(tmp_path) == 8000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("3000000\n")
+    (group / "memory.max").write_text("max\n")
+    assert free_bytes(tmp_path) == 8000 * 1024
+    (group / "memory.max").write_text("5000000\n")
+    assert free_bytes(tmp_path) == 2_000_000

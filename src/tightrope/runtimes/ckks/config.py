@@ -81,6 +81,12 @@ class CKKS:
                 )
         if self.bootstrap not in BOOTSTRAP:
             raise InputError("unknown choice of bootstraps", got=self.bootstrap, allowed=BOOTSTRAP)
+        if self.refresh_levels and self.bootstrap == "never":
+            raise InputError(
+                "levels after a bootstrap, where there is none",
+                got=f"refresh_levels={self.refresh_levels}, bootstrap={self.bootstrap!r}",
+                fix="bootstrap='always', or no refresh_levels",
+            )
         choose(1, self.scale_bits, self.log_n or None)
 
     def parameters(self, levels: int, nodes: Nodes) -> Parameters:

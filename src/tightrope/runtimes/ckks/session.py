@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -58,22 +60,32 @@ def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSe
     print(f"ckks: {estimate}", file=sys.stderr)
     if mode == "simulate":
         return SimulatedSession(program, config, circuit)
-    free = config.memory_bytes or int(FREE_SHARE * _free_bytes())
+    free = config.memory_bytes or int(FREE_SHARE * free_bytes())
     if estimate.memory_bytes > free:
         raise InputError(
             "the session needs more memory than allowed",
             where=f"ckks, {estimate.keys} keys of {circuit.parameters.key_bytes / 1e6:.0f} MB each",
             got=f"{estimate.memory_bytes / 1e9:.3g} GB",
             allowed=f"{free / 1e9:.3g} GB",
-            fix="activations of fewer levels, fewer threads, or a larger --memory-gb (memory_bytes)",
+            fix="activations of fewer levels, a larger --memory-gb (memory_bytes), or for deep networks "
+            "--bootstrap always with few --refresh-levels",
         )
     return CKKSSession(program, config, circuit)
 
 
-def _free_bytes() -> int:
-    with open("/proc/meminfo") as file:
-        available = next(line for line in file if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024
+def free_bytes(root: Path = Path("/")) -> int:
+    """What Linux says is available, within the limit of a container; elsewhere all the memory there is."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    group = root / "sys/fs/cgroup"
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no limit: the file is not there, or says "max"
+        return free
+    return max(0, min(free, limit - used))
 
 
 class SimulatedSession(Books):
