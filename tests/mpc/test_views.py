@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,9 @@ def test_the_dealer_of_a_deployment_receives_nothing_that_depends_on_the_secrets
         known.public().save(tmp_path / "public")
         with d.service("server"), d.service("dealer"):
             d.infer(np.repeat(np.clip(x, -1, 1), 2, 0))
+            deadline = time.monotonic() + 20  # the client does not wait for the dealer's last frame: we do
+            while ("client", {"command": "close"}) not in received and time.monotonic() < deadline:
+                time.sleep(0.01)
         told.append(sorted(json.dumps(frame) for frame in received))
         received.clear()
     assert told[0] == told[1] == told[2] and len(told[0]) >= 7  # 2 questions, 2 hellos, 3 commands
