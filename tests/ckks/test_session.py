@@ -202,7 +202,8 @@ def test_free_memory_is_what_the_kernel_and_the_container_leave(tmp_path: Path) 
     group = tmp_path / "sys/fs/cgroup"
     group.mkdir(parents=True)
     (group / "memory.current").write_text("3000000\n")
+    (group / "memory.stat").write_text("anon 2000000\ninactive_file 500000\n")
     (group / "memory.max").write_text("max\n")
     assert free_bytes(tmp_path) == 8000 * 1024
     (group / "memory.max").write_text("5000000\n")
-    assert free_bytes(tmp_path) == 2_000_000
+    assert free_bytes(tmp_path) == 2_500_000

@@ -308,4 +308,4 @@ def test_losses_in_a_tuned_network_are_its_errors_against_the_original(trained, 
                 one, zero, two = errors
                 bend, slope = (zero + two) / 2 - one, (4 * one - 3 * zero - two) / 2
                 least = zero - slope**2 / (4 * bend)
-            assert table.loss[c, k] == pytest.approx(least, rel=1e-4 if not repair else 1e-3)
+            assert table.loss[c, k] == pytest.approx(least, rel=1e-4)

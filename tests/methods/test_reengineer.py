@@ -75,6 +75,7 @@ def test_tensors_keep_multiples_of_their_best_channels_within_the_limit(multiple
         best = sorted(chain, key=lambda k: -float(before[k]))[: len(kept)]
         assert set(kept) == set(best)
     assert fits(found, found.snapshot(), limits)
+    assert spent(found, found.snapshot())["macs"] > 0.5 * limits["macs"]  # and makes use of it
     project(found, limits, multiple)
     assert torch.equal(living, found.snapshot()["channels"])
 
@@ -243,13 +244,16 @@ def test_the_whole_way_and_what_it_refuses(tmp_path, monkeypatch, capsys):
     assert "e+0" not in page  # counts in full
     assert call(monkeypatch, "run", out, "--runtime", "onnx", "--estimate") == 0
     assert "only the whole has a time" in capsys.readouterr().out
-    untuned = model_sha256(Bundle(out).model())
+    untuned, planned = model_sha256(Bundle(out).model()), Bundle(out).plan().predicted
     capsys.readouterr()
     assert call(monkeypatch, "finetune", out, "--epochs", "0.5", "--json") == 0
     tuned = json.loads(capsys.readouterr().out)
     restricted = Bundle(out).record()["controls"]["restricted"]
     assert tuned["validation_base"] == pytest.approx(restricted)  # the teacher answers within the task
+    assert tuned["validation"] > tuned["validation_untuned"] - 0.02
     assert model_sha256(Bundle(out).model()) != untuned
+    macs = sum(base_cost(op).macs for op in Bundle(out).program().ops)
+    assert macs == planned.macs  # no channel has come back
     for verb in (("curve", out), ("solve", out, "--budget", "macs<=0.9x", "--out", tmp_path / "c")):
         refused(monkeypatch, capsys, *verb, says="this plan was learned")
     path = out / "plan.safetensors"

@@ -83,9 +83,11 @@ def free_bytes(root: Path = Path("/")) -> int:
     group = root / "sys/fs/cgroup"
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no limit: the file is not there, or says "max"
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(stat["inactive_file"])  # given back when it is needed
+    except (OSError, ValueError, KeyError):  # no limit: the file is not there, or says "max"
         return free
-    return max(0, min(free, limit - used))
+    return max(0, min(free, limit - used + cache))
 
 
 class SimulatedSession(Books):
