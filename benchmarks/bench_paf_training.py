@@ -195,8 +195,8 @@ def main() -> None:
             rows += spread(f"{operators}: {name}, {mode}, {kind}", found)
         rows += claims(operators, means)
     command = "python benchmarks/bench_paf_training.py"
-    devices = sorted({r["trained_on"] for r in results.values()} - {""})
-    where = f", trained on {', '.join(devices)}" if devices else ""
+    devices = sorted({r["trained_on"] or "a CPU" for r in results.values()})
+    where = f", trained on {', '.join(devices)}" if devices != ["a CPU"] else ""
     _rows.write(
         "paf_training",
         [{"issue": 3, "command": command, **row, "bar": f"{row['bar']}{where}"} for row in rows],
