@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tightrope.errors import BudgetError
@@ -43,6 +43,9 @@ def exactly(problem: Problem, factors: dict[str, float], constant: float = 0.0, 
     return exact
 
 
+@example(241, [1.0, 1.0, 1.875], 0.0, 1.044921875)  # always a hair above: ended at the cheapest choice
+@example(69, [0.5, 1.5, 1.0], 0.0, 0.375)  # went up and down between two choices
+@example(309, [1.1, 2.0, 1.0063364021102164], -263.0, 1.1066486645633746)
 @settings(max_examples=60)
 @given(
     st.integers(0, 1000),

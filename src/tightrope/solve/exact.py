@@ -44,8 +44,8 @@ def check(problem: Problem, budget: Budget, exact: Exact) -> None:
 def fit(problem: Problem, budget: Budget, exact: Exact) -> Fit:
     """The best choice found whose exact cost meets the budget.
 
-    The limit on the sum of prices starts at the budget and follows the ratio of budget and exact cost: down
-    while that is too large, up while it leaves room, until 99 % of the room is used or 8 choices were looked
+    The limit on the sum of prices starts at the budget and goes where the exact cost of the choices so far
+    says that it would be a little below the budget, until 99 % of the room is used or 8 choices were looked
     at. The bound of the selection is proved for the sum of prices and `Fit.limit`.
 
     Raises BudgetError where `select` does, and when even the cheapest choice costs too much.
@@ -53,7 +53,10 @@ def fit(problem: Problem, budget: Budget, exact: Exact) -> Fit:
     metric, target = the_limit(problem, budget)
     fixed, least = getattr(problem.fixed, metric), cheapest(problem, metric)
     most = getattr(price(problem, _extreme(problem, metric, np.argmax)).cost, metric)
+    aim = target - SLACK / 2 * (target - fixed)  # the budget itself would be approached only
     low, high = least, math.inf  # the best limit is between them
+    under: tuple[float, float] | None = None  # sum of prices and exact cost, of the best choice
+    over: tuple[float, float] | None = None  # and of the nearest one that is too dear
     limit = min(max(target, least), most)
     best: Fit | None = None
     for k in range(TRIES):
@@ -61,20 +64,19 @@ def fit(problem: Problem, budget: Budget, exact: Exact) -> Fit:
             limit = least
         found = select(problem, Budget((Limit(metric, limit),)))
         if best is not None and _same(found, best.selection):
-            break
-        cost = exact(found.picked)
-        spent, summed = getattr(cost, metric), getattr(found.cost, metric)
-        ratio = (target - fixed) / (spent - fixed) if min(target, spent) > fixed else 0.0
-        if spent <= target:
-            best, low = Fit(replace(found, cost=cost), limit), limit
-            if limit >= most or target - spent <= SLACK * (target - fixed):
-                break
-            limit = fixed + (limit - fixed) * ratio
-        elif limit <= least:
-            raise infeasible(problem, budget, spent)
+            low = limit  # nothing more to pay for up to here
         else:
-            high = summed
-            limit = fixed + (summed - fixed) * ratio
+            cost = exact(found.picked)
+            spent, summed = getattr(cost, metric), getattr(found.cost, metric)
+            if spent <= target:
+                best, low, under = Fit(replace(found, cost=cost), limit), limit, (summed, spent)
+                if limit >= most or target - spent <= SLACK * (target - fixed):
+                    break
+            elif limit <= least:
+                raise infeasible(problem, budget, spent)
+            else:
+                high, over = summed, (summed, spent)
+            limit = _between(under, over, fixed, aim)
         limit = min(limit, most)
         if not low < limit < high:
             limit = (low + min(high, most)) / 2
@@ -84,6 +86,17 @@ def fit(problem: Problem, budget: Budget, exact: Exact) -> Fit:
 
 def _extreme(problem: Problem, metric: str, which: Callable[[FloatArray], np.intp]) -> Picked:
     return {t.site: np.full(len(t.loss), which(t.cost[metric])) for t in problem.tables}
+
+
+def _between(
+    under: tuple[float, float] | None, over: tuple[float, float] | None, fixed: float, aim: float
+) -> float:
+    """The sum of prices whose exact cost should be `aim`: on the line through both points, else through one
+    and the fixed cost."""
+    (price_a, cost_a), (price_b, cost_b) = under or (fixed, fixed), over or (fixed, fixed)
+    if cost_a == cost_b:
+        return price_a
+    return price_a + (aim - cost_a) * (price_b - price_a) / (cost_b - cost_a)
 
 
 def _same(a: Selection, b: Selection) -> bool:
