@@ -102,6 +102,24 @@ class Patches(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class WholeMaps(nn.Module):
+    """Patches as large as the map, whose sums need more bits than the values; a residual; a max-pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = (nn.Conv2d(n, 4, 3, 1, 1) for n in (2, 4, 4))
+        for conv in (self.stem, self.conv1, self.conv2):
+            nn.init.normal_(conv.bias, std=6.0)
+        self.acts = nn.ModuleList(BlockReLU([(7, 9), (1, 1), (4, 9), (0, 0)]) for _ in range(3))
+        self.pool = nn.MaxPool2d(2)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.acts[0](self.stem(x))
+        x = self.acts[2](self.conv2(self.acts[1](self.conv1(x))) + x)
+        return self.fc(self.pool(x).mean((2, 3)))
+
+
 class Pools(nn.Module):
     """Max-pools: on untruncated and on truncated values, overlapping, dilated, padded, ragged, of one tap."""
 
@@ -174,6 +192,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dense": Dense,
     "branches": Branches,
     "patches": Patches,
+    "whole maps": WholeMaps,
     "pools": Pools,
     "squeeze": Squeeze,
     "polynomials": Polynomials,

@@ -23,7 +23,8 @@ from tightrope.runtimes.mpc.channel import Clock
 from tightrope.runtimes.mpc.keys import ROLES
 from tightrope.runtimes.mpc.local import local_channels
 from tightrope.runtimes.mpc.party import Party, introduce
-from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Step, Truncate
+from tightrope.runtimes.mpc.prg import packed
+from tightrope.runtimes.mpc.steps import UNIT_BITS, Gate, Local, Message, Multiply, Step, Truncate, Wire
 from tightrope.runtimes.mpc.team import LocalTeam
 from tightrope.runtimes.mpc.terms import Term
 from tightrope.runtimes.plain import ranges
@@ -46,8 +47,11 @@ class Recorder:
 
         return spied
 
-    def value(self, name: str) -> Tensor:
-        return self.shares["client"][name] + self.shares["server"][name]
+    def value(self, wire: Wire) -> Tensor:
+        """What both shares stand for, signed."""
+        total = self.shares["client"][wire.name] + self.shares["server"][wire.name]
+        unused = 8 * total.element_size() - wire.ring_bits
+        return total << unused >> unused
 
 
 RINGS = {
@@ -67,7 +71,7 @@ def test_every_step_equals_the_integer_model(
     schedule = compile_program(program, config)
     with config.open(program, "simulate") as session:
         session.run(x.numpy())
-    values = {Program.INPUT: recorder.value(Program.INPUT)}
+    values = {Program.INPUT: recorder.value(schedule.input)}
     assert torch.equal(values[Program.INPUT], torch.round(x.double() * 2**config.fraction_bits).long())
     for step in schedule.steps:
         if not isinstance(step, oracle.Calculation):
@@ -77,8 +81,9 @@ def test_every_step_equals_the_integer_model(
         if isinstance(step, Local) and step.masks:
             values.setdefault(step.output.name, want)  # a wire that only has a mask
             continue
-        got = values[step.output.name] = recorder.value(step.output.name)
-        assert got.dtype == (torch.int64 if ring_bits == 64 else torch.int32)
+        got = values[step.output.name] = recorder.value(step.output)
+        assert got.dtype == (torch.int32 if step.output.ring_bits == 32 else torch.int64)
+        assert step.output.ring_bits in ((ring_bits,) if ring_bits == 64 else (32, 40))
         unused = isinstance(getattr(step, "kernel", None), Term) and not want.any()  # a coefficient of 0
         assert unused or want.abs().max() > 100  # else one unit would say nothing
         if not isinstance(step, Truncate | Gate):
@@ -160,16 +165,20 @@ def received(team: LocalTeam) -> dict[str, list[np.ndarray]]:
     for role, worker in team.workers.items():
         party = worker.party
 
-        def receive(*args: Any, party: Party = party, sink: list[np.ndarray] = seen[role]) -> Any:
-            arrays = Party.receive(party, *args)
-            sink.extend(arrays.values())
+        def receive(
+            step: Step, message: Message, batch: int, party: Party = party, sink: Any = seen[role]
+        ) -> Any:
+            arrays = Party.receive(party, step, message, batch)
+            for f in message.fields:
+                bits, whole = UNIT_BITS[f.unit], arrays[f.name]
+                sink.append(packed(whole, bits) if bits in (40, 48) else whole)  # as it was sent
             return arrays
 
         party.receive = receive  # type: ignore[method-assign]
     return seen
 
 
-@pytest.mark.parametrize("name", ["residual", "pools", "squeeze"])
+@pytest.mark.parametrize("name", ["residual", "pools", "squeeze", "whole maps"])
 @pytest.mark.parametrize("ring_bits", RINGS)
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_what_a_party_sees_is_uniform_whatever_the_input(name: str, value: float, ring_bits: int) -> None:

@@ -18,7 +18,7 @@ from tightrope.errors import InputError, TraceError
 from tightrope.lower import lower
 from tightrope.program import MaxPool2d, Program, Relu, Upsample
 from tightrope.runtimes.mpc import MPC, compile_program, costs, gates, oracle
-from tightrope.runtimes.mpc.fixed import bilinear_divisor, local, tensor
+from tightrope.runtimes.mpc.fixed import bilinear_divisor, local
 from tightrope.runtimes.mpc.frame import HEADER_BYTES
 from tightrope.runtimes.mpc.prg import WORDS, Stream
 from tightrope.runtimes.mpc.steps import Gate, Local, Piece, Product, RevealLabel, Wire
@@ -332,8 +332,12 @@ def test_labels_of_logits_near_the_limit_of_the_ring() -> None:
     assert (got.argmax(1) == evaluate(program, x).numpy().argmax(1)).all()
 
 
-@pytest.mark.parametrize("ring_bits, shift", [(64, s) for s in (0, 5, 22, 32, 33, 40)] + [(32, 0), (32, 11)])
-def test_squares_are_exact_for_any_shift_and_mask(ring_bits: int, shift: int) -> None:
+SAME = [(64, 64, s) for s in (0, 5, 22, 32, 33, 40)] + [(32, 32, 0), (32, 32, 11), (40, 40, 0), (48, 48, 12)]
+MIXED = [(32, 40, 11), (32, 48, 3), (40, 32, 0), (40, 32, 12), (48, 40, 9)]
+
+
+@pytest.mark.parametrize("ring_bits, after, shift", SAME + MIXED)
+def test_squares_are_exact_for_any_shift_and_mask(ring_bits: int, after: int, shift: int) -> None:
     """b * x^2 from one opening: every combination of extreme values and masks, both halves of the wrap."""
     top = 2 ** (ring_bits - 3)
     values = [0, 1, -1, 2**11 - 1, -(2**22), top // 3, -(top // 5) + 3, top - 1, 1 - top]
@@ -345,8 +349,10 @@ def test_squares_are_exact_for_any_shift_and_mask(ring_bits: int, shift: int) ->
     wire = Wire("", relu.shape, 22 + shift, 1.0, 1.0, static=False, ring_bits=ring_bits)
     pieces = (Piece(0, square=3, linear=5, constant=7), Piece(9, square=-1, linear=-2))
     step = Gate(
-        index=0, op="", kernel=relu, input=wire, output=wire, shift=shift, trim=shift, bits=20, pieces=pieces
-    )
+        index=0, op="", kernel=relu, input=wire, output=replace(wire, ring_bits=after), shift=shift,
+        trim=shift, bits=20, pieces=pieces,
+    )  # fmt: skip
+    unused = 64 - after
     for seed in range(4):
         stream = Stream(bytes([seed]) * 32)
         c, o = stream.bits(2 * count), stream.bits(2 * count)
@@ -358,9 +364,11 @@ def test_squares_are_exact_for_any_shift_and_mask(ring_bits: int, shift: int) ->
             gates.select(party, step, z + r, part.reshape(1, 1, 1, count), held, o).reshape(-1)
             for party, part, held in ((0, share, client), (1, z - share, server))
         )
-        x = tensor(z, (count,)) >> shift
+        signed = torch.from_numpy(z.astype(np.int64)) << (64 - ring_bits) >> (64 - ring_bits)
+        x = signed >> shift
         low = (1 << shift) - 1
         x = x + torch.from_numpy((z & low) + (r & low) > low)
         b = torch.from_numpy(c ^ o).reshape(2, count)
         want = b[0] * (3 * x * x + 5 * x + 7) + b[1] * (-x * x - 2 * x)
-        assert torch.equal(tensor(got, (count,)), want)
+        got = torch.from_numpy(got.astype(np.int64))
+        assert torch.equal(got << unused, want << unused)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tightrope.program import AvgPool2d, Conv2d, Linear, Relu
 from tightrope.runtimes.mpc import MPC, compile_program, fss, gates, oracle
 from tightrope.runtimes.mpc.fixed import encode, local, multiply, pool_divisor, tensor, words
 from tightrope.runtimes.mpc.prg import WORDS, Stream
-from tightrope.runtimes.mpc.steps import Gate, Local, Piece, Truncate, Wire, truncation_fields
+from tightrope.runtimes.mpc.steps import Gate, Local, Piece, Truncate, Wire
 from tightrope.runtimes.plain import evaluate
 
 EDGES = [0, 1, -1, 2**22 - 1, 2**22, -(2**22), 5 * 2**22, 2**44 + 12345, 2**62 - 1, -(2**62), 1 - 2**62]
@@ -93,21 +95,26 @@ def test_window_sums_over_the_divisor_equal_torch_averages(kernel, stride, fract
     assert torch.allclose(local(step, x).double() / pool_divisor(op, (3, 7, 6)), want, rtol=0, atol=1e-12)
 
 
-def truncate_step(count: int, shift: int, ring_bits: int = 64) -> Truncate:
+def truncate_step(count: int, shift: int, ring_bits: int = 64, after: int | None = None) -> Truncate:
     wire = Wire("z", (count,), 22 + shift, 1.0, 1.0, static=False, ring_bits=ring_bits)
-    return Truncate(index=0, op="z", input=wire, output=wire, shift=shift)
+    output = replace(wire, ring_bits=after or ring_bits)
+    return Truncate(index=0, op="z", input=wire, output=output, shift=shift)
 
 
-def truncated(z: list[int], r: list[int], shift: int, ring_bits: int = 64) -> list[int]:
-    """By both parties, with random shares of everything the dealer shares."""
-    step = truncate_step(len(z), shift, ring_bits)
+def truncated(
+    z: list[int], r: list[int], shift: int, ring_bits: int = 64, after: int | None = None
+) -> list[int]:
+    """By both parties, with random shares of everything the dealer shares; into the ring `after`."""
+    step = truncate_step(len(z), shift, ring_bits, after)
     mask = np.array(r, WORDS[ring_bits])
     opened = np.array([v % 2**ring_bits for v in z], WORDS[ring_bits]) + mask
     server = gates.share_truncation(step, mask, Stream(bytes(32)))
     stream = Stream(bytes(32))
-    client = {f.name: gates.draw(stream, f, 1) for f in truncation_fields(step.input, len(z), shift)}
-    shares = [gates.truncate(party, opened, held, shift) for party, held in ((0, client), (1, server))]
-    return tensor(shares[0] + shares[1], (len(z),)).tolist()
+    client = {f.name: gates.draw(stream, f, 1) for f in step.share_fields}
+    shares = [gates.truncate(party, step, opened, held) for party, held in ((0, client), (1, server))]
+    total = tensor(shares[0] + shares[1], (len(z),))
+    unused = 8 * total.element_size() - step.output.ring_bits
+    return (total << unused >> unused).tolist()
 
 
 @pytest.mark.parametrize("shift", [1, 3, 22, 32, 33, 40])
@@ -130,6 +137,23 @@ def test_truncation_is_exact_in_the_small_ring(shift: int) -> None:
     low = (1 << shift) - 1
     want = [(a >> shift) + ((a & low) + (b & low) > low) for a, b in zip(z, r, strict=True)]
     assert truncated(z, r, shift, 32) == want
+
+
+@pytest.mark.parametrize("shift", [1, 9, 12, 28])
+@pytest.mark.parametrize(
+    "before, after", [(32, 40), (32, 48), (40, 40), (40, 32), (40, 48), (48, 40), (48, 32), (64, 32)]
+)
+def test_truncation_goes_from_any_ring_to_any_other(before: int, after: int, shift: int) -> None:
+    """What fits the new ring comes out exactly: at the edges of the old, for random values and masks."""
+    numbers = np.random.default_rng(shift)
+    top, room = 1 << (before - 2), 1 << min(before - 2, after - 1 + shift - 1)
+    edges = [v for v in (0, 1, -1, 2**10 - 1, room - 1, -room, top - 1, -top) if -room <= v < room]
+    masks = [0, 1, 2**10 - 1, top, 2 * top - 1, 2 * top, 4 * top - 2**10, 4 * top - 1]
+    z = edges * len(masks) + numbers.integers(-room, room, 3000).tolist()
+    r = sorted(masks * len(edges)) + numbers.integers(0, 4 * top, 3000, np.uint64).tolist()
+    low = (1 << shift) - 1
+    want = [(a >> shift) + ((a & low) + (b & low) > low) for a, b in zip(z, r, strict=True)]
+    assert truncated(z, r, shift, before, after) == want
 
 
 @given(st.integers(-(2**62), 2**62 - 1), st.integers(0, 2**64 - 1), st.integers(1, 40))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from tightrope.errors import ProtocolError
-from tightrope.runtimes.mpc.prg import CHUNK_BYTES, Stream, Streams
+from tightrope.runtimes.mpc.prg import CHUNK_BYTES, Stream, Streams, packed, unpacked
 
 SEED, SESSION = bytes(range(32)), bytes(range(16))
 
@@ -38,8 +38,8 @@ def test_is_the_documented_construction() -> None:
     got = stream.ring((2, 3)).tobytes() + stream.blocks(2).tobytes() + stream.raw(5)
     assert got == want[: len(got)]
     bits = stream.bits(19)
-    packed = np.packbits(bits, bitorder="little")
-    assert packed[:2].tobytes() == want[85:87] and packed[2] == want[87] & 0b111
+    whole = np.packbits(bits, bitorder="little")
+    assert whole[:2].tobytes() == want[85:87] and whole[2] == want[87] & 0b111
     assert stream.raw(3) == want[88:91]
 
 
@@ -52,6 +52,23 @@ def test_first_block_of_counter_mode_is_the_aes_vector() -> None:
 def test_chunks_join_into_one_keystream(count: int) -> None:
     whole = Streams(SEED, SESSION).open("x", 0, 0).ring(count).tobytes()
     assert whole == keystream(stream_key("x", 0, 0), len(whole) // 16 + 1)[: len(whole)]
+
+
+@pytest.mark.parametrize("bits", [40, 48])
+def test_elements_smaller_than_a_word_take_their_bytes_of_the_keystream(bits: int) -> None:
+    """Little-endian, one after the other, and only their low bits travel."""
+    size = bits // 8
+    want = keystream(stream_key("x", 0, 0), 8)
+    stream = Streams(SEED, SESSION).open("x", 0, 0)
+    got = stream.ring((3, 5), bits)
+    assert got.shape == (3, 5) and got.max() < 1 << bits
+    assert got.reshape(-1).tolist() == [
+        int.from_bytes(want[size * k : size * (k + 1)], "little") for k in range(15)
+    ]
+    assert stream.raw(4) == want[15 * size : 15 * size + 4]
+    above = got + np.uint64(5 << bits)
+    assert packed(above, bits).tobytes() == want[: 15 * size]
+    assert (unpacked(packed(above, bits), bits) == got.reshape(-1)).all()
 
 
 labels = st.text(max_size=6)

@@ -24,7 +24,8 @@ from tightrope.program import Program
 from tightrope.runtimes.mpc import MPC
 from tightrope.runtimes.mpc.channel import Channel
 from tightrope.runtimes.mpc.party import Party
-from tightrope.runtimes.mpc.steps import RevealLabel
+from tightrope.runtimes.mpc.prg import packed
+from tightrope.runtimes.mpc.steps import UNIT_BITS, RevealLabel
 from tightrope.runtimes.mpc.team import LocalTeam
 from tightrope.runtimes.plain import ranges
 
@@ -36,6 +37,9 @@ CONFIGS = {
     "label": MPC(timeout_s=20, threads=1, reveal="label"),
     "small ring": MPC(
         timeout_s=20, threads=1, ring_bits=32, fraction_bits=9, weight_bits=9, margin=2.0, noise_bits=6
+    ),
+    "wider sums": MPC(
+        timeout_s=20, threads=1, ring_bits=32, fraction_bits=13, weight_bits=13, margin=2.0, noise_bits=6
     ),
 }
 # Beyond it a normal variable is once in 10^10, the mean of SESSIONS coins once in 10^11; some 10^5 are tried.
@@ -80,7 +84,9 @@ def view(program: Program, config: MPC, x: NDArray[np.float64]) -> dict[str, tup
                 assert (arrays["label"] < 1 << step.bits).all()
                 return arrays
             for field in message.fields:
-                to[field.unit == "bit"].append(arrays[field.name].tobytes())
+                bits, whole = UNIT_BITS[field.unit], arrays[field.name]
+                sent = packed(whole, bits) if bits in (40, 48) else whole
+                to[field.unit == "bit"].append(sent.tobytes())
             return arrays
 
         worker.party.receive = receive  # type: ignore[method-assign, assignment]

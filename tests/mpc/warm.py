@@ -4,4 +4,4 @@ import tightrope.runtimes.mpc.remote
 import tightrope.runtimes.mpc.service  # noqa: F401
 from tightrope.runtimes.mpc import gates
 
-gates.load_kernels(64)
+gates.warm_kernels(64, 64)

@@ -1,6 +1,7 @@
 """Compiled element-wise loops of truncation and of the gates, on uint64 or uint32 words.
 
-They compute modulo 2^64; what is stored in a uint32 word is right modulo 2^32.
+They compute modulo 2^64; what is stored in a uint32 word is right modulo 2^32. `ring_bits` is the ring of
+what was opened, whose upper bits in a word may be anything; results may be in another ring.
 
 Maps are (N, C, H, W). A gated channel g sits at channel `place[g]` of the opened maps, has patches of
 `patch[g]` = (rows, columns) and its tiles, row by row, from `first[g]` on. Branches depend
@@ -38,10 +39,10 @@ def tile_sums(x: Words, place: I64, patch: I64, first: I64, sums: Words) -> None
 
 
 @compiled
-def beyond(sums: Words, limits: U64, trim: int, points: U64) -> None:
+def beyond(sums: Words, limits: U64, trim: int, ring_bits: int, points: U64) -> None:
     """points[n * tiles + tile] = sums[n, tile] - limits[tile], in the ring, without `trim` low bits."""
     N, tiles = sums.shape
-    mask = ~np.uint64(0) >> np.uint64(64 - 8 * sums.itemsize)
+    mask = ~np.uint64(0) >> np.uint64(64 - ring_bits)
     for n in range(N):
         for tile in range(tiles):
             points[n * tiles + tile] = ((sums[n, tile] - limits[tile]) & mask) >> np.uint64(trim)
@@ -78,10 +79,11 @@ def _public(opened: np.uint64, shift: int, ring_bits: int) -> tuple[np.uint64, n
 
 
 @compiled
-def truncated(opened: Words, trunc: Words, wrap: Words, shift: int, party: int, out: Words) -> None:
+def truncated(
+    opened: Words, trunc: Words, wrap: Words, shift: int, ring_bits: int, party: int, out: Words
+) -> None:
     """A party's share of the truncated value, from shares of r >> shift and MSB(r)."""
     own = np.uint64(party)
-    ring_bits = 8 * opened.itemsize
     for i in range(opened.shape[0]):
         U, k = _public(np.uint64(opened[i]), shift, ring_bits)
         out[i] = own * U - trunc[i] + wrap[i] * k
@@ -90,8 +92,8 @@ def truncated(opened: Words, trunc: Words, wrap: Words, shift: int, party: int, 
 @compiled
 def selected(
     opened: Words, x: Words, bit: U8, choice: Words, choice_trunc: Words, choice_wrap: Words, shift: int,
-    party: int, linear: np.uint64, constant: np.uint64, place: I64, patch: I64, first: I64, channel: I64,
-    out: Words,
+    ring_bits: int, party: int, linear: np.uint64, constant: np.uint64, place: I64, patch: I64, first: I64,
+    channel: I64, out: Words,
 ) -> None:  # fmt: skip
     """Add a party's share of b * (linear * x + constant) to `out`, b = bit xor c.
 
@@ -100,7 +102,6 @@ def selected(
     """
     N, _, H, W = x.shape
     own = np.uint64(party)
-    ring_bits = 8 * opened.itemsize
     plain = linear == np.uint64(1) and constant == np.uint64(0)  # a ReLU needs no products
     for n in range(N):
         for g in range(place.shape[0]):
@@ -124,7 +125,7 @@ def selected(
 def selected_squares(
     opened: Words, x: Words, bit: U8, choice: Words, wrap: Words, square: Words, cross: Words,
     choice_trunc: Words, choice_wrap: Words, choice_square: Words, choice_cross: Words, shift: int,
-    party: int, factor: np.uint64, out: Words,
+    ring_bits: int, party: int, factor: np.uint64, out: Words,
 ) -> None:  # fmt: skip
     """Add a party's share of factor * b * x^2 to `out`, every array flat (one bit per element).
 
@@ -132,7 +133,6 @@ def selected_squares(
     same times c.
     """
     own = np.uint64(party)
-    ring_bits = 8 * opened.itemsize
     for i in range(x.shape[0]):
         U, k = _public(np.uint64(opened[i]), shift, ring_bits)
         c = np.uint64(choice[i])

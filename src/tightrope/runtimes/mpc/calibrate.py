@@ -189,7 +189,7 @@ def _gates(config: MPC) -> dict[str, float]:
         return opened, z, stream.bits(step.drelus), *(gates.draw(stream, f, 1) for f in step.share_fields)
 
     def truncated(opened: Any, z: Any, bits: Any, *shares: Any) -> None:
-        gates.truncate(0, opened, dict(zip(names, shares, strict=True)), step.shift)
+        gates.truncate(0, step, opened, dict(zip(names, shares, strict=True)))
 
     def points(opened: Any, *rest: Any) -> None:
         gates.compared_points(step, opened)

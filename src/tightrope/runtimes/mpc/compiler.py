@@ -7,27 +7,51 @@ would not fit the ring.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from tightrope.errors import InputError
 from tightrope.program import Concat, Flatten, Op, Pad, Program, Relu, Upsample
 from tightrope.runtimes.mpc.config import MPC
-from tightrope.runtimes.mpc.steps import Gate, Local, Open, Piece, Step, Truncate, Wire
+from tightrope.runtimes.mpc.steps import (
+    Gate,
+    Local,
+    Multiply,
+    Open,
+    Piece,
+    Product,
+    Step,
+    Truncate,
+    Wire,
+)
 
 SMALLEST_RANGE = 2.0**-10  # a value that calibration saw as all zero still gets some room
+WIDER: Mapping[int, tuple[int, ...]] = {32: (40, 48)}  # rings for sums; from 64 bits on nothing is spared
+Calculation = Local | Multiply | Product | Truncate | Gate  # of a wire from wires
 SHAPING = (Concat, Flatten, Pad, Upsample)  # as many values as in the inputs, or fewer: open those instead
 
 
-class Compiler:
-    """The steps and wires so far. `wires` maps a value of the Program to its wire."""
+Rings = Mapping[str, int]  # of wires by name, where it is not that of the configuration
 
-    def __init__(self, program: Program, config: MPC) -> None:
+
+class Compiler:
+    """The steps and wires so far. `wires` maps a value of the Program to its wire.
+
+    rings: of the wires that have a larger ring than the configuration's, because sums of theirs are compared.
+    `asked`: in which ring other wires would have to be, so that a gate need not truncate them first, or could
+    compare their sums at all; `refused`: what is wrong if those are not granted.
+    """
+
+    def __init__(self, program: Program, config: MPC, rings: Rings | None = None) -> None:
         self.program = program
         self.config = config
         self.steps: list[Step] = []
+        self.asked: dict[str, int] = {}
+        self.refused: list[InputError] = []
+        self._stopgaps: set[str] = set()  # wires that a gate reads until it is granted what it asked for
+        self._rings = rings or {}
         name = Program.INPUT
-        self.headroom_bits = config.ring_bits - 2  # truncation needs |z| < 2^62 in the ring Z_2^64
         self.input = Wire(
             name,
             program.input_shape,
@@ -35,7 +59,7 @@ class Compiler:
             1.0,
             self.limit(name, name),
             static=False,
-            ring_bits=config.ring_bits,
+            ring_bits=self.ring(name),
         )
         self.check(self.input, name, "fraction_bits")
         self.wires: dict[str, Wire] = {name: self.input}
@@ -45,9 +69,14 @@ class Compiler:
 
     def emit(self, kind: type[Step], op: str, **fields: Any) -> None:
         step = kind(index=len(self.steps), op=op, **fields)
+        assert may_follow(step), f"{step.op}: an input has a smaller ring than the result"
         self.steps.append(step)
         if isinstance(step, Local) and not step.masks:
             self._made_by[step.output.name] = step
+
+    def ring(self, name: str) -> int:
+        """Of the wire of this name."""
+        return self._rings.get(name, self.config.ring_bits)
 
     def limit(self, value: str, op: str) -> float:
         """How large a value may become: its calibrated range times the margin."""
@@ -63,21 +92,31 @@ class Compiler:
     def result(self, op: Op, scale: int, mu: float, *, static: bool = False) -> Wire:
         """The wire of an op's result."""
         limit = self.limit(op.name, op.name)
-        return Wire(op.name, op.shape, scale, mu, limit, static, self.config.ring_bits)
+        return Wire(op.name, op.shape, scale, mu, limit, static, self.ring(op.name))
 
-    def fits(self, wire: Wire) -> bool:
-        return wire.ring_limit < 2.0**self.headroom_bits
+    def fits(self, wire: Wire, ring_bits: int | None = None) -> bool:
+        """Whether its values have room in the configuration's ring, or in another: half of a ring is for the
+        sign, and truncation needs |z| below half of that."""
+        return wire.ring_limit < 2.0 ** ((ring_bits or self.config.ring_bits) - 2)
 
-    def check(self, wire: Wire, op: str, setting: str = "weight_bits", share: int = 1) -> None:
+    def check(
+        self,
+        wire: Wire,
+        op: str,
+        setting: str = "weight_bits",
+        share: int = 1,
+        ring_bits: int | None = None,
+    ) -> None:
         """Raise InputError if values of the wire could overflow. Its scale holds `setting` `share` times."""
-        if not self.fits(wire):
-            spare = math.floor(math.log2(wire.ring_limit)) - self.headroom_bits + 1
+        if not self.fits(wire, ring_bits):
+            headroom_bits = (ring_bits or self.config.ring_bits) - 2
+            spare = math.floor(math.log2(wire.ring_limit)) - headroom_bits + 1
             allowed = getattr(self.config, setting) - -(-spare // share)
             raise InputError(
                 "values of this op could overflow the ring",
                 where=op,
                 got=f"{wire.limit:.4g} (range times margin) at {wire.scale} fractional bits",
-                allowed=f"below 2^{self.headroom_bits} in all",
+                allowed=f"below 2^{headroom_bits} in all",
                 fix=f"MPC({setting}={allowed}) or a smaller margin",
             )
 
@@ -91,7 +130,8 @@ class Compiler:
         constant: tuple[int, ...] = (),
     ) -> Wire:
         """Emit a public affine map to `output`, which is static if all inputs are."""
-        output = replace(output, static=all(w.static for w in inputs))
+        static = all(w.static for w in inputs)
+        output = replace(output, static=static, ring_bits=self.ring(output.name))
         self.emit(
             Local,
             op,
@@ -123,7 +163,13 @@ class Compiler:
         excess = source.scale - self.config.fraction_bits
         trim = excess + self.config.trim_bits
         sums = source if limit is None else replace(source, limit=limit)
-        self.check(sums, op)
+        try:
+            self.check(sums, op, ring_bits=source.ring_bits)
+        except InputError as error:
+            if source.name not in self._stopgaps:
+                raise
+            self.refused.append(error)
+        output = replace(output, ring_bits=self.ring(output.name))
         # floor, a possible carry and the strict comparison cost up to two units beyond the limit
         bits = 1 + math.ceil(math.log2(sums.ring_limit * 2.0**-trim + 2))
         self.emit(
@@ -139,10 +185,39 @@ class Compiler:
         )
         return output
 
-    def comparable(self, wire: Wire, limit: float, op: str) -> Wire:
-        """The wire, truncated if sums of up to `limit` do not fit the ring beside its bits."""
-        fits = self.fits(wire) and self.fits(replace(wire, limit=limit))
-        return wire if fits else self.narrow(wire, op)
+    def comparable(self, wire: Wire, limit: float, op: str, *, widen: bool = False) -> Wire:
+        """The wire, truncated if sums of up to `limit` do not fit the ring beside its bits.
+
+        With `widen` the sums may be in a larger ring than the configuration's, if the wire is: that takes no
+        round, where to truncate takes one at least, and more bytes. It is asked for, for the next time.
+        """
+        if self.fits(wire) and self._holds(wire, limit, widen):
+            return wire
+        short = self.narrow(wire, op)
+        if widen and not self._holds(short, limit, widen):
+            self._stopgaps.add(short.name)
+        return short
+
+    def _holds(self, wire: Wire, limit: float, widen: bool) -> bool:
+        """Whether sums of up to `limit` fit the wire's ring; else a larger one is asked for."""
+        sums = replace(wire, limit=limit)
+        if self.fits(sums, wire.ring_bits if widen else None):
+            return True
+        wider = WIDER.get(self.config.ring_bits, ()) if widen else ()
+        enough = next((bits for bits in wider if self.fits(sums, bits)), None)
+        if enough is not None:
+            self.asked[wire.name] = enough
+        return False
+
+    def granted(self) -> Rings:
+        """The rings that were asked for and can be had, also those of all that the wires are made of."""
+        made_by = {step.output.name: step for step in self.steps if isinstance(step, Calculation)}
+        larger: dict[str, int] = {}
+        for name, bits in self.asked.items():
+            chain = _origins(name, made_by)
+            for wire in chain or ():
+                larger[wire] = max(bits, larger.get(wire, self.ring(wire)))
+        return {name: bits for name, bits in larger.items() if bits > self.ring(name)}
 
     def narrow(self, wire: Wire, op: str) -> Wire:
         """The wire with `fraction_bits` fractional bits: truncated once, for all who ask."""
@@ -153,7 +228,8 @@ class Compiler:
         return self._narrowed[wire.name]
 
     def _narrow(self, wire: Wire, op: str) -> Wire:
-        result = replace(wire, name=f"{wire.name}:narrow", scale=self.config.fraction_bits, static=False)
+        name, scale = f"{wire.name}:narrow", self.config.fraction_bits
+        result = replace(wire, name=name, scale=scale, static=False, ring_bits=self.ring(name))
         step = self._made_by.get(wire.name)
         # Parts of a concatenation are truncated one by one: DenseNet reads the same parts again and again.
         if step is not None and _rearranges(step):
@@ -180,6 +256,37 @@ class Compiler:
         else:
             self.emit(Open, op, wire=wire)
         self._masked.add(wire.name)
+
+
+def may_follow(step: Step) -> bool:
+    """Whether the step can make a result in the ring of its output from inputs in theirs."""
+    if not isinstance(step, Calculation) or (isinstance(step, Truncate | Gate) and step.shift):
+        return True
+    return all(wire.ring_bits >= step.output.ring_bits for wire in sources(step))
+
+
+def sources(step: Calculation) -> tuple[Wire, ...]:
+    if isinstance(step, Local):
+        return step.inputs
+    return (step.left, step.right) if isinstance(step, Product) else (step.input,)
+
+
+def _origins(name: str, made_by: Mapping[str, Calculation]) -> set[str] | None:
+    """The wire and all that it is made of, back to inputs and truncations, which can be in any ring; None if
+    something else is in between that does not pass a larger ring on."""
+    found: set[str] = set()
+    todo = [name]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found.add(name)
+        step = made_by.get(name)
+        if isinstance(step, Local | Multiply):
+            todo += [wire.name for wire in sources(step)]
+        elif isinstance(step, Product) or (step is not None and not step.shift):
+            return None
+    return found
 
 
 def _rearranges(step: Local) -> bool:

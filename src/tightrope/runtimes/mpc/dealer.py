@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from tightrope.runtimes.mpc import fss, gates
-from tightrope.runtimes.mpc.fixed import local, multiply, tensor, words
+from tightrope.runtimes.mpc.fixed import in_ring, local, multiply, tensor, words
 from tightrope.runtimes.mpc.party import Batch, Party, PhaseReport
 from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Open, Product, Step, Truncate, Wire
 
@@ -24,17 +24,14 @@ def offline(party: Party, size: int) -> PhaseReport:
 
 
 def _weights(party: Party, step: Multiply, batch: Batch) -> None:
-    mask = (
-        party.streams["server"]
-        .open("weights", step.index, 0)
-        .ring(step.kernel.weight_shape, party.config.ring_bits)
-    )
+    stream = party.streams["server"].open("weights", step.index, 0)
+    mask = stream.ring(step.kernel.weight_shape, step.output.ring_bits)
     party.weights[step.index] = tensor(mask, step.kernel.weight_shape)
 
 
 def _open(party: Party, step: Open, batch: Batch) -> None:
     shape = (batch.size, *step.wire.shape)
-    mask = party.streams["client"].open("mask", step.index, batch.counter).ring(shape, party.config.ring_bits)
+    mask = party.streams["client"].open("mask", step.index, batch.counter).ring(shape, step.wire.ring_bits)
     batch.masks[step.wire.name] = tensor(mask, shape)
 
 
@@ -47,7 +44,7 @@ def _multiply(party: Party, step: Multiply, batch: Batch) -> None:
     shape = (batch.size, *step.output.shape)
     product = multiply(step.kernel, party.weights[step.index], batch.masks[step.input.name])
     server = party.streams["server"].open("product", step.index, batch.counter)
-    product -= tensor(server.ring(shape, party.config.ring_bits), shape)
+    product -= tensor(server.ring(shape, step.output.ring_bits), shape)
     party.send(step, step.offline[0], batch.size, {"product": words(product)})
 
 
@@ -55,7 +52,7 @@ def _truncate(party: Party, step: Truncate, batch: Batch) -> None:
     client = party.streams["client"].open("opening", step.index, batch.counter)
     server = party.streams["server"].open("opening", step.index, batch.counter)
     size = batch.size * step.input.size
-    r = client.ring(size, party.config.ring_bits) + server.ring(size, party.config.ring_bits)
+    r = client.ring(size, step.input.ring_bits) + server.ring(size, step.input.ring_bits)
     party.send(step, step.offline[0], batch.size, gates.share_truncation(step, r, client))
 
 
@@ -68,7 +65,8 @@ def _product(party: Party, step: Product, batch: Batch) -> None:
         return tensor(client.ring(shape, wire.ring_bits) + server.ring(shape, wire.ring_bits), shape)
 
     a, b = mask(step.left), mask(step.right)
-    share = words(a * b).reshape(-1) - client.ring(batch.size * step.output.size, step.output.ring_bits)
+    product = words(in_ring(a * b, step.output)).reshape(-1)
+    share = product - client.ring(batch.size * step.output.size, step.output.ring_bits)
     party.send(step, step.offline[0], batch.size, {"product": share})
 
 
@@ -77,7 +75,7 @@ def _gate(party: Party, step: Gate, batch: Batch) -> None:
     server = party.streams["server"].open("opening", step.index, batch.counter)
     own = party.streams["dealer"].open("opening", step.index, batch.counter)
     size, comparisons = batch.size * step.opened_size, batch.size * step.drelus
-    r = client.ring(size, party.config.ring_bits) + server.ring(size, party.config.ring_bits)
+    r = client.ring(size, step.input.ring_bits) + server.ring(size, step.input.ring_bits)
     c = own.bits(comparisons)
     shares = gates.share_gate(step, r, c, client)
     bit0 = client.bits(comparisons)

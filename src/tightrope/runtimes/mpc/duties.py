@@ -59,7 +59,7 @@ class House:
         per_sample = of_schedule(program, schedule, 1).total.offline_bytes
         most = max(1, int(settings.mpc.material_bytes // max(1, per_sample)))
         torch.set_num_threads(threads_of(settings.mpc))
-        gates.load_kernels(settings.mpc.ring_bits)
+        gates.load_kernels(schedule.steps)
         stock = None if settings.stock is None else Stock(settings.stock)
         return cls(settings, program, schedule, own, stock, weights, most)
 

@@ -1,6 +1,7 @@
 """Fixed-point arithmetic in Z_2^64 and Z_2^32: int64 or int32 tensors whose sums and products wrap.
 
-torch's integer convolution and matmul are exact in these rings and the fastest measured on a CPU.
+torch's integer convolution and matmul are exact in these rings and the fastest measured on a CPU. Elements of
+Z_2^40 and Z_2^48 lie in int64 as well; what their upper bits are does not matter, and they never leave.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from tightrope.runtimes.mpc.steps import Local, Multiply, RevealLabel, Step, Wir
 from tightrope.runtimes.mpc.terms import Term
 from tightrope.runtimes.mpc.tournament import Difference, Winners
 
-INTEGERS = {64: np.int64, 32: np.int32}
+INTEGERS = {64: np.int64, 48: np.int64, 40: np.int64, 32: np.int32}
+DTYPES = {64: torch.int64, 48: torch.int64, 40: torch.int64, 32: torch.int32}
 
 
 def encode(x: NDArray[Any], scale: int, ring_bits: int = 64) -> Tensor:
@@ -53,8 +55,15 @@ def encode(x: NDArray[Any], scale: int, ring_bits: int = 64) -> Tensor:
 
 def decode(ring: Tensor, wire: Wire) -> NDArray[np.float64]:
     """The real value that both shares of a wire, added, stand for."""
-    real: NDArray[np.float64] = ring.numpy().astype(np.float64) * (2.0**-wire.scale * wire.mu)
+    unused = 8 * ring.element_size() - wire.ring_bits
+    signed = (ring << unused) >> unused
+    real: NDArray[np.float64] = signed.numpy().astype(np.float64) * (2.0**-wire.scale * wire.mu)
     return real
+
+
+def in_ring(x: Tensor, wire: Wire) -> Tensor:
+    """Elements of the wire's ring or a larger one, as those of the wire's."""
+    return x.to(DTYPES[wire.ring_bits])
 
 
 def label(step: RevealLabel, low: Tensor) -> NDArray[np.float64]:
@@ -107,7 +116,8 @@ def check_weights(steps: Iterable[Step], tensors: Mapping[str, NDArray[Any]]) ->
 
 
 def multiply(op: Conv2d | Linear | Term, weight: Tensor, x: Tensor) -> Tensor:
-    """The linear layer without bias on (N, *input shape), in the ring."""
+    """The linear layer without bias on (N, *input shape), in the ring of the weight."""
+    x = x.to(weight.dtype)
     if isinstance(op, Term):
         return x * per_channel(weight, op.shape)
     if isinstance(op, Linear):
@@ -220,6 +230,7 @@ LOCAL: dict[type[Op], Callable[..., Tensor]] = {
 
 def local(step: Local, *inputs: Tensor) -> Tensor:
     """The linear part of a step, on shares, masks or ring values, (N, *shape) each."""
-    scaled = (x if k == 1 else x * k for x, k in zip(inputs, step.factors, strict=True))
+    read = (in_ring(x, step.output) for x in inputs)
+    scaled = (x if k == 1 else x * k for x, k in zip(read, step.factors, strict=True))
     result: Tensor = LOCAL[type(step.kernel)](step.kernel, *scaled)
     return result

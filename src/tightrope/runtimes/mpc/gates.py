@@ -7,7 +7,8 @@ c and of c times the truncated mask (b = opened bit xor c). Patch ReLU: Gorski a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,8 +20,8 @@ from tightrope.runtimes.mpc import _tiles as kernels
 from tightrope.runtimes.mpc import fss
 from tightrope.runtimes.mpc._halftree import U8, U64
 from tightrope.runtimes.mpc._tiles import I64, Words
-from tightrope.runtimes.mpc.prg import Stream
-from tightrope.runtimes.mpc.steps import Field, Gate, Piece, Truncate, Wire, truncation_fields
+from tightrope.runtimes.mpc.prg import WORDS, Stream
+from tightrope.runtimes.mpc.steps import UNIT_BITS, Field, Gate, Piece, Step, Truncate, Wire
 
 Shares = dict[str, NDArray[Any]]
 CLIENT, SERVER = 0, 1
@@ -54,21 +55,24 @@ def layout(step: Gate) -> Layout:
 def draw(stream: Stream, field: Field, batch: int) -> NDArray[Any]:
     """A party's part of a dealer's sharing: uniform words, half-words or bits."""
     count = field.items(batch)
-    if field.unit == "bit":
-        return stream.bits(count)
-    if field.unit == "half":
-        return stream.ring(count, 32)
-    return stream.ring(count)
+    return stream.bits(count) if field.unit == "bit" else stream.ring(count, UNIT_BITS[field.unit])
 
 
 def share_truncation(step: Truncate, r: Words, client: Stream) -> Shares:
     """The server's shares of r >> shift and MSB(r); the client's come from `client`."""
-    trunc, wrap = truncation_fields(step.input, step.input.size, step.shift)
+    trunc, wrap = step.share_fields
     batch = r.size // step.input.size
+    r = _reduced(r, step)
     return {
         "trunc": _minus(r >> step.shift, draw(client, trunc, batch)),
         "wrap": _minus(r >> (step.input.ring_bits - 1), draw(client, wrap, batch)),
     }
+
+
+def _reduced(x: Words, step: Truncate | Gate) -> Words:
+    """x modulo the ring of the step's input: what is shifted needs its upper bits to be zero."""
+    bits = step.input.ring_bits
+    return x if bits == 8 * x.itemsize else x & np.uint64((1 << bits) - 1)
 
 
 def _minus(secret: NDArray[Any], share: NDArray[Any]) -> NDArray[Any]:
@@ -87,13 +91,16 @@ def share_gate(step: Gate, r: Words, c: U8, client: Stream) -> Shares:
     _, H, W = step.map_shape
     N = r.size // step.opened_size
     K = len(step.pieces)
+    r = _reduced(r, step)
     value = {"trunc": r >> step.shift, "wrap": r >> (step.input.ring_bits - 1)}
+    word = WORDS[step.output.ring_bits]
     if step.squares:
-        value |= {"square": value["trunc"] * value["trunc"], "cross": value["trunc"] * value["wrap"]}
+        t = value["trunc"].astype(word)
+        value |= {"square": t * t, "cross": t * value["wrap"].astype(word)}
     choices = c.reshape(K, N, step.tiles)
 
     def product(name: str) -> Words:
-        out = np.empty((K, N, len(step.gated), H, W), r.dtype)
+        out = np.empty((K, N, len(step.gated), H, W), value[name].dtype)
         maps = value[name].reshape(N, len(step.opened), H, W)
         for k in range(K):
             kernels.spread(maps, choices[k], at.place, at.patch, at.first, out[k])
@@ -121,7 +128,7 @@ def tile_sums(step: Gate, x: Words) -> Words:
 
 def mask_points(step: Gate, r: Words) -> U64:
     """The masks of the comparisons, r_P >> trim, per tile, whatever the piece: uint64[N * tiles]."""
-    return (tile_sums(step, r) >> step.trim).astype(np.uint64).reshape(-1)
+    return (_reduced(tile_sums(step, r), step) >> step.trim).astype(np.uint64).reshape(-1)
 
 
 def compared_points(step: Gate, opened: Words) -> U64:
@@ -136,14 +143,15 @@ def compared_points(step: Gate, opened: Words) -> U64:
     points = np.empty((len(step.pieces), sums.size), np.uint64)
     for k, piece in enumerate(step.pieces):
         limits = np.uint64(piece.threshold % 2**64) * elements + np.uint64(1 << step.trim)
-        kernels.beyond(sums, limits, step.trim, points[k])
+        kernels.beyond(sums, limits, step.trim, step.input.ring_bits, points[k])
     return points
 
 
-def truncate(party: int, opened: Words, shares: Shares, shift: int) -> Words:
-    """A party's share of the truncated value, like `opened` (flat)."""
-    out = np.empty_like(opened)
-    kernels.truncated(opened, shares["trunc"], shares["wrap"], shift, party, out)
+def truncate(party: int, step: Truncate | Gate, opened: Words, shares: Shares) -> Words:
+    """A party's share of the truncated value, flat, in the ring of the output."""
+    out = np.empty(opened.shape, WORDS[step.output.ring_bits])
+    bits = step.input.ring_bits
+    kernels.truncated(opened, shares["trunc"], shares["wrap"], step.shift, bits, party, out)
     return out
 
 
@@ -157,11 +165,13 @@ def select(party: int, step: Gate, opened: Words, z: Words, shares: Shares, bits
     C, H, W = step.map_shape
     N, K = len(z), len(step.pieces)
     maps = opened.reshape(N, len(step.opened), H, W)
+    word = WORDS[step.output.ring_bits]
     if step.shift:
-        x = truncate(party, opened, shares, step.shift).reshape(maps.shape)
+        x = truncate(party, step, opened, shares).reshape(maps.shape)
     else:
+        z = z.astype(word, copy=False)
         x = np.ascontiguousarray(z[:, list(step.opened)])
-    out = np.zeros((N, C, H, W), z.dtype)
+    out = np.zeros((N, C, H, W), word)
     identity = [c for c in range(C) if step.kernel.patches[c] == (0, 0)]
     out[:, identity] = x[:, identity] if step.shift else z[:, identity]
     grid = (K, N, len(step.gated), H, W)
@@ -171,7 +181,7 @@ def select(party: int, step: Gate, opened: Words, z: Words, shares: Shares, bits
     opened_bits = bits.reshape(K, N, step.tiles)
     for k, piece in enumerate(step.pieces):
         kernels.selected(
-            maps, x, opened_bits[k], choice[k], product[k], wrap[k], step.shift, party,
+            maps, x, opened_bits[k], choice[k], product[k], wrap[k], step.shift, step.input.ring_bits, party,
             np.uint64(piece.linear % 2**64), np.uint64(piece.constant % 2**64),
             at.place, at.patch, at.first, at.channel, out,
         )  # fmt: skip
@@ -197,8 +207,8 @@ def _add_squares(
         choice_wrap, choice_cross = piece("choice_wrap"), piece("choice_cross")
     kernels.selected_squares(
         opened, x.reshape(-1), bits.reshape(len(step.pieces), -1)[k], piece("choice"), wrap, square, cross,
-        piece("choice_trunc"), choice_wrap, choice_square, choice_cross, step.shift, party,
-        np.uint64(step.pieces[k].square % 2**64), out.reshape(-1),
+        piece("choice_trunc"), choice_wrap, choice_square, choice_cross, step.shift, step.input.ring_bits,
+        party, np.uint64(step.pieces[k].square % 2**64), out.reshape(-1),
     )  # fmt: skip
 
 
@@ -217,16 +227,23 @@ def evaluate_bits(party: int, step: Gate, opened: Words, root: U64, shares: Shar
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def load_kernels(ring_bits: int) -> None:
-    """Run every compiled loop once on a gate of one element, so that no batch waits for the compiler."""
+def load_kernels(steps: Iterable[Step]) -> None:
+    """Run every compiled loop once on gates of one element, so that no batch waits for the compiler."""
+    gates = (step for step in steps if isinstance(step, Truncate | Gate))
+    for before, after in sorted({(step.input.ring_bits, step.output.ring_bits) for step in gates}):
+        warm_kernels(before, after)
+
+
+def warm_kernels(before: int, after: int) -> None:
+    """Those of gates from one ring to another."""
     relu = Relu(name="", inputs=("",), shape=(1, 1, 1), patches=((1, 1),))
-    wire = Wire("", relu.shape, 20, 1.0, 1.0, static=False, ring_bits=ring_bits)
+    wire = Wire("", relu.shape, 20, 1.0, 1.0, static=False, ring_bits=before)
     step = Gate(
-        index=0, op="", kernel=relu, input=wire, output=wire, shift=10, trim=10, bits=20,
-        pieces=(Piece(), Piece(square=1)),
+        index=0, op="", kernel=relu, input=wire, output=replace(wire, ring_bits=after), shift=10, trim=10,
+        bits=20, pieces=(Piece(), Piece(square=1)),
     )  # fmt: skip
     stream = Stream(bytes(32))  # a fixed key: nothing secret is here
-    r = stream.ring(1, ring_bits)
+    r = stream.ring(1, before)
     bits = np.zeros(2, np.uint8)
     roots = stream.blocks(1)
     shares = share_gate(step, r, bits, stream)

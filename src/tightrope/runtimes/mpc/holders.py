@@ -24,6 +24,7 @@ from tightrope.runtimes.mpc.fixed import (
     decode,
     encode,
     encode_weights,
+    in_ring,
     label,
     local,
     multiply,
@@ -47,7 +48,6 @@ from tightrope.runtimes.mpc.steps import (
     Step,
     Truncate,
     Wire,
-    truncation_fields,
 )
 
 NUMBER: Mapping[Role, int] = {"client": CLIENT, "server": SERVER}
@@ -102,21 +102,16 @@ def _client_setup(party: Party, step: Multiply, batch: Batch) -> None:
 
 def _server_setup(party: Party, step: Multiply, batch: Batch) -> None:
     weight, bias = encode_weights(step, party.program.tensors)
-    mask = (
-        party.streams["dealer"]
-        .open("weights", step.index, 0)
-        .ring(step.kernel.weight_shape, party.config.ring_bits)
-    )
+    stream = party.streams["dealer"].open("weights", step.index, 0)
+    mask = stream.ring(step.kernel.weight_shape, step.output.ring_bits)
     party.send(step, step.setup[0], batch.size, {"weights": words(weight) - mask})
     party.weights[step.index], party.biases[step.index] = weight, bias
 
 
 def _client_mask(party: Party, step: Open, batch: Batch) -> None:
     shape = (batch.size, *step.wire.shape)
-    mask = tensor(
-        party.streams["dealer"].open("mask", step.index, batch.counter).ring(shape, party.config.ring_bits),
-        shape,
-    )
+    stream = party.streams["dealer"].open("mask", step.index, batch.counter)
+    mask = tensor(stream.ring(shape, step.wire.ring_bits), shape)
     batch.masks[step.wire.name] = batch.material[step.index] = mask
 
 
@@ -128,12 +123,8 @@ def _client_product(party: Party, step: Multiply, batch: Batch) -> None:
 
 def _server_product(party: Party, step: Multiply, batch: Batch) -> None:
     shape = (batch.size, *step.output.shape)
-    share = tensor(
-        party.streams["dealer"]
-        .open("product", step.index, batch.counter)
-        .ring(shape, party.config.ring_bits),
-        shape,
-    )
+    stream = party.streams["dealer"].open("product", step.index, batch.counter)
+    share = tensor(stream.ring(shape, step.output.ring_bits), shape)
     batch.material[step.index] = share.add_(party.biases[step.index])
 
 
@@ -169,7 +160,7 @@ def _part(step: Truncate | Gate, share: Tensor) -> Words:
 def _client_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
     stream = party.streams["dealer"].open("opening", step.index, batch.counter)
     size, fields, keys = _opening_shape(step)
-    mask = stream.ring(batch.size * size, party.config.ring_bits)
+    mask = stream.ring(batch.size * size, step.input.ring_bits)
     shares = {f.name: gates.draw(stream, f, batch.size) for f in fields}
     roots = stream.blocks(batch.size * keys)
     key = _message(party, step.offline, "dealer")
@@ -186,7 +177,7 @@ def _client_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
 def _server_opening(party: Party, step: Truncate | Gate, batch: Batch) -> None:
     stream = party.streams["dealer"].open("opening", step.index, batch.counter)
     size, _, keys = _opening_shape(step)
-    mask = stream.ring(batch.size * size, party.config.ring_bits)
+    mask = stream.ring(batch.size * size, step.input.ring_bits)
     roots = stream.blocks(batch.size * keys)
     message = _message(party, step.offline, "dealer")
     shares = {} if message is None else party.receive(step, message, batch.size)
@@ -199,7 +190,7 @@ def _opening_shape(step: Truncate | Gate) -> tuple[int, tuple[Field, ...], int]:
     """(elements opened, fields that the dealer shares, comparison keys), per sample."""
     if isinstance(step, Gate):
         return step.opened_size, step.share_fields, step.tiles
-    return step.input.size, truncation_fields(step.input, step.input.size, step.shift), 0
+    return step.input.size, step.share_fields, 0
 
 
 def _client_open(party: Party, step: Open, batch: Batch) -> None:
@@ -235,7 +226,7 @@ def _masked_opening(party: Party, step: Truncate | Gate, batch: Batch, opening: 
 def _truncate(party: Party, step: Truncate, batch: Batch) -> None:
     opening: Opening = batch.material.pop(step.index)
     opened = _masked_opening(party, step, batch, opening)
-    share = gates.truncate(NUMBER[party.role], opened, opening.shares, step.shift)
+    share = gates.truncate(NUMBER[party.role], step, opened, opening.shares)
     batch.wires[step.output.name] = tensor(share, (batch.size, *step.output.shape))
 
 
@@ -309,7 +300,7 @@ def _product(party: Party, step: Product, batch: Batch) -> None:
 
     E, F = (shaped(name, own[name] + theirs[name]) for name in own)
     a, b = (shaped(name, material[name]) for name in own)
-    share = E * (number * F - b) - F * a
+    share = in_ring(E * (number * F - b) - F * a, step.output)
     share += tensor(material["product"], tuple(share.shape))
     batch.wires[step.output.name] = share
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from tightrope.nn.block_relu import IDENTITY, Patch, expand_gate
 from tightrope.program import Program
-from tightrope.runtimes.mpc.fixed import decode, encode, encode_weights, label, local, multiply
+from tightrope.runtimes.mpc.compiler import Calculation, sources
+from tightrope.runtimes.mpc.fixed import decode, encode, encode_weights, in_ring, label, local, multiply
 from tightrope.runtimes.mpc.schedule import Schedule
-from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Product, RevealLabel, Step, Truncate, Wire
+from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Product, RevealLabel, Step, Truncate
 
 
 def tile_sums(step: Gate, z: Tensor, patch: Patch) -> Tensor:
@@ -73,7 +74,6 @@ def _multiply(step: Multiply, program: Program, x: Tensor) -> Tensor:
     return multiply(step.kernel, weight, x) + bias
 
 
-Calculation = Local | Multiply | Product | Truncate | Gate
 MODEL: dict[type[Step], Callable[..., Tensor]] = {
     Local: _local,
     Multiply: _multiply,
@@ -84,14 +84,8 @@ MODEL: dict[type[Step], Callable[..., Tensor]] = {
 
 
 def apply(step: Calculation, program: Program, *inputs: Tensor) -> Tensor:
-    """One step on ring values (N, *shape), int64: what its output must be."""
-    return MODEL[type(step)](step, program, *inputs)
-
-
-def sources(step: Calculation) -> tuple[Wire, ...]:
-    if isinstance(step, Local):
-        return step.inputs
-    return (step.left, step.right) if isinstance(step, Product) else (step.input,)
+    """One step on ring values (N, *shape), signed: what its output must be."""
+    return in_ring(MODEL[type(step)](step, program, *inputs), step.output)
 
 
 def evaluate(

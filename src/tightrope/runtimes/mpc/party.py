@@ -21,12 +21,12 @@ from tightrope.runtimes.mpc.channel import Channel, Clock, Count
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.frame import CONTROL
 from tightrope.runtimes.mpc.keys import KeyExchange, Role
-from tightrope.runtimes.mpc.prg import SEED_BYTES, Streams
+from tightrope.runtimes.mpc.prg import SEED_BYTES, Streams, packed, unpacked
 from tightrope.runtimes.mpc.schedule import MASK, Schedule
 from tightrope.runtimes.mpc.steps import Field, Message, Step, Tag, Unit
 from tightrope.types import Json
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HELLO_BYTES = 4096
 MAX_SHOWN = 200
 MAX_DIFFERENCES = 4
@@ -85,11 +85,11 @@ class Party:
     counter: int = 0
 
     def send(self, step: Step, message: Message, batch: int, values: Mapping[str, NDArray[Any]]) -> None:
-        """Send a message of the schedule; bits are packed here."""
+        """Send a message of the schedule; bits, and elements smaller than a word, are packed here."""
         parts = []
         for f in message.fields:
             value = values[f.name]
-            part = fss.pack_bits(value) if f.unit == "bit" else value
+            part = PACK[f.unit](value) if f.unit in PACK else value
             if part.nbytes != f.bytes(batch):
                 raise ProtocolError(
                     f"`{f.name}` is not as long as the schedule says",
@@ -101,11 +101,11 @@ class Party:
         self.channels[message.receiver].send(step.index, message.tag, *parts)
 
     def receive(self, step: Step, message: Message, batch: int) -> Arrays:
-        """The fields of a message of the schedule, flat; bits unpacked, blocks as pairs of words."""
+        """The fields of a message of the schedule, flat and unpacked; blocks as pairs of words."""
         arrays = {f.name: _empty(f, batch) for f in message.fields}
         self.channels[message.sender].recv_into(step.index, message.tag, *arrays.values())
-        bits = {f.name: f.items(batch) for f in message.fields if f.unit == "bit"}
-        return arrays | {name: fss.unpack_bits(arrays[name], count) for name, count in bits.items()}
+        small = [f for f in message.fields if f.unit in UNPACK]
+        return arrays | {f.name: UNPACK[f.unit](arrays[f.name], f.items(batch)) for f in small}
 
     def new_batch(self, size: int) -> Batch:
         """A batch under a number that no earlier one of this session had; the same at all parties."""
@@ -159,13 +159,25 @@ DTYPES: dict[Unit, type[np.unsignedinteger[Any]]] = {
     "byte": np.uint8,
     "block": np.uint64,
     "word": np.uint64,
+    "word48": np.uint8,
+    "word40": np.uint8,
     "half": np.uint32,
     "bit": np.uint8,
+}
+PACK: Mapping[Unit, Callable[[NDArray[Any]], NDArray[np.uint8]]] = {
+    "bit": fss.pack_bits,
+    "word48": lambda words: packed(words, 48),
+    "word40": lambda words: packed(words, 40),
+}
+UNPACK: Mapping[Unit, Callable[[NDArray[Any], int], NDArray[Any]]] = {
+    "bit": fss.unpack_bits,
+    "word48": lambda raw, count: unpacked(raw, 48),
+    "word40": lambda raw, count: unpacked(raw, 40),
 }
 
 
 def _empty(f: Field, batch: int) -> NDArray[Any]:
-    """Room for a field as it is on the wire (bits still packed)."""
+    """Room for a field as it is on the wire, packed."""
     dtype = DTYPES[f.unit]
     return np.empty(f.bytes(batch) // np.dtype(dtype).itemsize, dtype)
 

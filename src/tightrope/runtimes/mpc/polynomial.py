@@ -50,7 +50,8 @@ def _unit(c: Compiler, op: Polynomial, wire: Wire, stage: int) -> tuple[Wire, in
     if shift <= 0:
         return z, k
     c.check(z, op.name)
-    result = replace(z, name=f"{op.name}:unit{stage}", scale=c.config.fraction_bits, static=False)
+    name = f"{op.name}:unit{stage}"
+    result = replace(z, name=name, scale=c.config.fraction_bits, static=False, ring_bits=c.ring(name))
     c.emit(Truncate, op.name, input=z, output=result, shift=shift)
     return result, k
 
@@ -82,7 +83,7 @@ def _short(c: Compiler, wire: Wire, op: str) -> Wire:
 def _product(c: Compiler, op: Polynomial, left: Wire, right: Wire, name: str) -> Wire:
     more, mu = normal(left.mu * right.mu)
     limit = left.limit * right.limit
-    result = Wire(name, op.shape, left.scale + right.scale + more, mu, limit, False, c.config.ring_bits)
+    result = Wire(name, op.shape, left.scale + right.scale + more, mu, limit, False, c.ring(name))
     c.check(result, op.name, "fraction_bits", 2)
     c.emit(Product, op.name, left=left, right=right, output=result)
     return result
@@ -100,7 +101,7 @@ def _term(c: Compiler, op: Polynomial, source: Wire, unit: int, stage: int, powe
         unit=unit,
     )
     scale = source.scale + c.config.weight_bits
-    result = Wire(name, op.shape, scale, 1.0, math.inf, True, c.config.ring_bits)
+    result = Wire(name, op.shape, scale, 1.0, math.inf, True, c.ring(name))
     c.open(source, op.name)
     fields = {"kernel": kernel, "input": source, "output": result, "weight_bits": c.config.weight_bits}
     c.emit(Multiply, op.name, **fields)

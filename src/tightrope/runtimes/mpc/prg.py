@@ -23,10 +23,23 @@ from tightrope.errors import ProtocolError
 U8 = NDArray[np.uint8]
 U64 = NDArray[np.uint64]
 
-WORDS = {64: np.uint64, 32: np.uint32}  # elements of the rings
+WORDS = {64: np.uint64, 48: np.uint64, 40: np.uint64, 32: np.uint32}  # what holds an element of a ring
 SEED_BYTES = 32
 SESSION_BYTES = 16
 CHUNK_BYTES = 1 << 18  # zeros encrypted per call: large enough to hide the call, small enough for the cache
+
+
+def packed(words: U64, bits: int) -> U8:
+    """The `bits` low bits of every word, one after the other, whole bytes: uint8[words.size * bits / 8]."""
+    raw = words.reshape(-1).view(np.uint8).reshape(-1, 8)
+    return np.ascontiguousarray(raw[:, : bits // 8]).reshape(-1)
+
+
+def unpacked(raw: U8, bits: int) -> U64:
+    """The reverse: uint64[raw.size * 8 / bits], below 2^bits."""
+    words = np.zeros(8 * raw.size // bits, np.uint64)
+    words.view(np.uint8).reshape(-1, 8)[:, : bits // 8] = raw.reshape(-1, bits // 8)
+    return words
 
 
 class Stream:
@@ -44,10 +57,14 @@ class Stream:
             self._aes.update_into(self._zeros[: len(part)], part)
 
     def ring(self, shape: int | Sequence[int], bits: int = 64) -> NDArray[Any]:
-        """Uniform elements of Z_2^bits, uint64[shape] or uint32[shape]."""
+        """Uniform elements of Z_2^bits, WORDS[bits][shape]; they take bits/8 bytes of the keystream each."""
         out = np.empty(shape, WORDS[bits])
-        self.fill(out)
-        return out
+        if bits == 8 * out.itemsize:
+            self.fill(out)
+            return out
+        raw = np.empty(out.size * bits // 8, np.uint8)
+        self.fill(raw)
+        return unpacked(raw, bits).reshape(out.shape)
 
     def blocks(self, count: int) -> U64:
         """Uniform 128-bit blocks, uint64[count, 2]."""

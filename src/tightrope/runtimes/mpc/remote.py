@@ -94,7 +94,7 @@ class Client:
         program = Program.load(settings.program, weights=False)
         schedule = compile_program(program, settings.mpc)
         own = read_credentials(settings.certificates, settings.role)
-        gates.load_kernels(settings.mpc.ring_bits)
+        gates.load_kernels(schedule.steps)
         stock = None if settings.stock is None else Stock(settings.stock)
         return cls(settings, program, schedule, own, stock)
 

@@ -102,7 +102,7 @@ def _relu(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
     if not op.drelus:
         return _shape_only(c, op, inputs)
     limit, f = c.limit(f"{op.name}:tiles", op.name), c.config.fraction_bits
-    source = c.comparable(inputs[0], limit, op.name)
+    source = c.comparable(inputs[0], limit, op.name, widen=True)
     pieces: tuple[Piece, ...] = (Piece(),)
     if op.upper is not None:
         clip = op.upper / source.mu
@@ -113,7 +113,7 @@ def _relu(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
 def _hard_sigmoid(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
     """[x > -3] * (x + 3) / 6 + [x > 3] * (3 - x) / 6."""
     limit, f = inputs[0].limit + 3, c.config.fraction_bits
-    source = c.comparable(inputs[0], limit, op.name)
+    source = c.comparable(inputs[0], limit, op.name, widen=True)
     more, mu = normal(source.mu / 6)
     edge, three = (round(3 / source.mu * 2**scale) for scale in (source.scale, f))
     pieces = (Piece(-edge, constant=three), Piece(edge, linear=-1, constant=three))
@@ -123,7 +123,7 @@ def _hard_sigmoid(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
 def _hard_swish(c: Compiler, op: Any, inputs: list[Wire]) -> Wire:
     """[x > -3] * (x^2 + 3x) / 6 + [x > 3] * (3x - x^2) / 6, with twice the fractional bits."""
     limit, f = inputs[0].limit + 3, c.config.fraction_bits
-    source = c.comparable(inputs[0], limit, op.name)
+    source = c.comparable(inputs[0], limit, op.name, widen=True)
     more, mu = normal(source.mu**2 / 6)
     edge, three = (round(3 / source.mu * 2**scale) for scale in (source.scale, f))
     pieces = (Piece(-edge, square=1, linear=three), Piece(edge, square=-1, linear=three))

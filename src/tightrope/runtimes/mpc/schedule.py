@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tightrope.program import Program
-from tightrope.runtimes.mpc.compiler import Compiler
+from tightrope.runtimes.mpc.compiler import Compiler, Rings
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.rules import RULES, label
 from tightrope.runtimes.mpc.steps import (
@@ -46,7 +46,19 @@ def compile_program(program: Program, config: MPC) -> Schedule:
     """
     for op in program.ops:
         config.check(op)
-    compiler = Compiler(program, config)
+    rings: Rings = {}
+    compiler = _compiled(program, config, rings)
+    while more := compiler.granted():  # what a gate no longer truncates may let another have its sums
+        rings = {**rings, **more}
+        compiler = _compiled(program, config, rings)
+    if compiler.refused:
+        raise compiler.refused[0]
+    steps = _live(compiler.steps)
+    return Schedule(steps, compiler.input, compiler.wires[program.output], _finished(steps))
+
+
+def _compiled(program: Program, config: MPC, rings: Rings) -> Compiler:
+    compiler = Compiler(program, config, rings)
     for op in program.ops:
         inputs = [compiler.wires[i] for i in op.inputs]
         compiler.wires[op.name] = RULES[type(op)](compiler, op, inputs)
@@ -55,8 +67,7 @@ def compile_program(program: Program, config: MPC) -> Schedule:
         label(compiler, program.output, output)
     else:
         compiler.emit(Reveal, program.output, wire=output)
-    steps = _live(compiler.steps)
-    return Schedule(steps, compiler.input, output, _finished(steps))
+    return compiler
 
 
 def _reads(step: Step) -> list[str]:

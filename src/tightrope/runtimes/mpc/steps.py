@@ -3,6 +3,10 @@
 A wire is a value that client and server hold as additive shares in Z_2^ring_bits; what it stands for is
 ring * 2^-scale * mu. A wire X that was opened to the server has a mask: the client and the dealer hold the
 one-time A, the server X - A. Public linear maps of wires apply to their masks just the same.
+
+Wires of one program may have different rings. Shares modulo 2^40 are shares modulo 2^32 too, so a step reads
+its inputs in the ring of its output, which is never the larger one; only what is truncated may go on in a
+larger ring, because the dealer shares the parts of a truncation in whichever ring is asked for.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ from tightrope.runtimes.mpc.keys import Role
 from tightrope.runtimes.mpc.terms import Term
 
 Phase = Literal["setup", "offline", "online"]
-Unit = Literal["byte", "block", "word", "half", "bit"]
-UNIT_BITS: dict[Unit, int] = {"byte": 8, "block": 128, "word": 64, "half": 32, "bit": 1}
+Unit = Literal["byte", "block", "word", "word48", "word40", "half", "bit"]
+UNIT_BITS: dict[Unit, int] = {
+    "byte": 8, "block": 128, "word": 64, "word48": 48, "word40": 40, "half": 32, "bit": 1,
+}  # fmt: skip
 HALF_BITS = UNIT_BITS["half"]
-ELEMENTS: dict[int, Unit] = {64: "word", 32: "half"}  # of the rings
+ELEMENTS: dict[int, Unit] = {64: "word", 48: "word48", 40: "word40", 32: "half"}  # of the rings
 
 
 @dataclass(frozen=True)
@@ -197,10 +203,13 @@ class Truncate(Step):
     shift: int
 
     @property
+    def share_fields(self) -> tuple[Field, ...]:
+        return truncation_fields(self, self.input.size)
+
+    @property
     def offline(self) -> tuple[Message, ...]:
         opening, _ = masked_opening(self.input, self.input.size)
-        shares = truncation_fields(self.input, self.input.size, self.shift)
-        return (Message("offline", Tag.MATERIAL, "dealer", "server", shares), *opening)
+        return (Message("offline", Tag.MATERIAL, "dealer", "server", self.share_fields), *opening)
 
     @property
     def online(self) -> tuple[tuple[Message, ...], ...]:
@@ -237,14 +246,18 @@ class Product(Step):
         return (self._openings()[1],)
 
 
-def wrap_unit(shift: int) -> Unit:
-    """The wrap bit counts in multiples of 2^(ring_bits - shift), so its shares need `shift` bits only."""
-    return "half" if shift <= HALF_BITS else "word"
+def wrap_unit(step: Truncate | Gate) -> Unit:
+    """The wrap bit counts in multiples of 2^(ring_bits - shift): its shares need the output's bits above."""
+    bits = step.output.ring_bits - (step.input.ring_bits - step.shift)
+    return "half" if bits <= HALF_BITS else "word"
 
 
-def truncation_fields(wire: Wire, size: int, shift: int) -> tuple[Field, ...]:
-    """Shares of r >> shift and of MSB(r) for `size` elements; nothing where nothing is dropped (u = r)."""
-    return (Field("trunc", wire.unit, size), Field("wrap", wrap_unit(shift), size)) if shift else ()
+def truncation_fields(step: Truncate | Gate, size: int) -> tuple[Field, ...]:
+    """Shares of r >> shift and of MSB(r) for `size` elements, in the ring of the output, whichever that is;
+    nothing where nothing is dropped (u = r)."""
+    if not step.shift:
+        return ()
+    return Field("trunc", step.output.unit, size), Field("wrap", wrap_unit(step), size)
 
 
 @dataclass(frozen=True)
@@ -324,10 +337,10 @@ class Gate(Step):
         t = r, of which both have a share, and no w is needed. Last, the constant bit of the comparison key.
         """
         products = self.gated_size * len(self.pieces)
-        word, half = self.input.unit, wrap_unit(self.shift)
+        word, half = self.output.unit, wrap_unit(self)
         fields = [Field("choice_trunc", word, products), Field("choice", word, self.drelus)]
         if self.shift:
-            fields += truncation_fields(self.input, self.opened_size, self.shift)
+            fields += truncation_fields(self, self.opened_size)
             fields += [Field("choice_wrap", half, products)]
         if self.squares:
             fields += [Field("square", word, self.gated_size), Field("choice_square", word, products)]

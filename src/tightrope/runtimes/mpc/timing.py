@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from tightrope.errors import InputError
+from tightrope.runtimes.mpc.compiler import Calculation
 from tightrope.runtimes.mpc.keys import ROLES, Role
 from tightrope.runtimes.mpc.network import Network
-from tightrope.runtimes.mpc.steps import Message, Step
+from tightrope.runtimes.mpc.steps import HALF_BITS, Message, Step
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE, Part, Work
 from tightrope.types import Json
 
 SHIPPED = Path(__file__).parent / "profile.json"
 Size = Callable[[Message], float]  # bytes of a message
-Moves = Iterable[tuple[str, Sequence[Part], Sequence[tuple[Message, ...]]]]
+Spent = Callable[[Work], float]  # nanoseconds
+Moves = Iterable[tuple[str, Spent, Sequence[Part], Sequence[tuple[Message, ...]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class Profile:
     opened: masked, summed over its tile and truncated; selected: multiplied with the bit of its tile;
     compared: a DReLU; level: one level of its tree. Offline: deal: the fixed part of a step; drawn: a byte of
     a keystream; shared: an element that the dealer shares; keyed: one level of a key that it makes.
+
+    wider: of the steps whose result is in a larger ring; None where there is none.
     """
 
     frame: float
@@ -55,6 +59,7 @@ class Profile:
     shared: float
     keyed: float
     host: Mapping[str, Json] = field(default_factory=dict)
+    wider: Profile | None = None
 
     def __post_init__(self) -> None:
         for unit in UNITS:
@@ -65,10 +70,16 @@ class Profile:
     def ns(self, work: Work) -> float:
         return sum((float(getattr(self, unit)) * count for unit, count in work.items()), 0.0)
 
+    def of(self, step: Step) -> Profile:
+        """The profile of the step's ring."""
+        wide = isinstance(step, Calculation) and step.output.ring_bits > HALF_BITS
+        return self.wider if wide and self.wider is not None else self
+
     @property
     def variable(self) -> Profile:
         """Without what a step takes whatever its size."""
-        return replace(self, frame=0.0, late=0.0, step=0.0, gate=0.0, deal=0.0)
+        wider = None if self.wider is None else self.wider.variable
+        return replace(self, frame=0.0, late=0.0, step=0.0, gate=0.0, deal=0.0, wider=wider)
 
     @property
     def cores(self) -> int:
@@ -78,7 +89,7 @@ class Profile:
 
     @property
     def units(self) -> dict[str, float]:
-        return {unit: value for unit, value in asdict(self).items() if unit != "host"}
+        return {unit: getattr(self, unit) for unit in UNITS}
 
     @classmethod
     def read(cls, body: Json, ring_bits: int, where: str) -> Profile:
@@ -87,6 +98,7 @@ class Profile:
             host, rings = body["host"], body["rings"]
             units = rings[str(ring_bits)]
             fits = isinstance(host, dict) and units.keys() == set(UNITS)
+            larger = ring_bits == HALF_BITS and "64" in rings
         except (TypeError, KeyError, AttributeError):
             fits = False
         if not fits:
@@ -96,10 +108,10 @@ class Profile:
                 allowed=", ".join(UNITS),
                 fix="tightrope calibrate",
             )
-        return cls(**units, host=host)
+        return cls(**units, host=host, wider=cls.read(body, 64, where) if larger else None)
 
 
-UNITS: tuple[str, ...] = tuple(f.name for f in fields(Profile) if f.name != "host")
+UNITS: tuple[str, ...] = tuple(f.name for f in fields(Profile) if f.name not in ("host", "wider"))
 
 
 def shipped() -> Json:
@@ -111,7 +123,8 @@ def online_ms(
     steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network
 ) -> dict[str, float]:
     """By op, how far each moves the latest of the clocks; the sum is the time of the whole."""
-    return _passed(((s.op, ONLINE[type(s)](s, batch), s.online) for s in steps), size, profile, network)
+    moves = ((s.op, profile.of(s).ns, ONLINE[type(s)](s, batch), s.online) for s in steps)
+    return _passed(moves, size, profile, network)
 
 
 def offline_ms(
@@ -125,11 +138,12 @@ def offline_ms(
         nonlocal busy_ns
         for step in steps:
             busy_ns += profile.byte * sum(map(size, step.offline))
+            ns = profile.of(step).ns
             for part in OFFLINE[type(step)](step, batch):
-                busy_ns += sum(map(profile.ns, part.values()))
+                busy_ns += sum(map(ns, part.values()))
             dealt = tuple(m for m in step.offline if m.sender == "dealer")
             ahead = tuple(m for m in step.offline if m.sender != "dealer")
-            yield step.op, (*OFFLINE[type(step)](step, batch), {}), (dealt, ahead)
+            yield step.op, ns, (*OFFLINE[type(step)](step, batch), {}), (dealt, ahead)
 
     spent = _passed(moves(), size, profile, network)
     least_ms, whole_ms = busy_ns / profile.cores / 1e6, sum(spent.values())
@@ -150,11 +164,11 @@ def _passed(moves: Moves, size: Size, profile: Profile, network: Network) -> dic
         delay += profile.late + network.delay_s * 1e9
         piece_bytes = network.piece_bytes
     spent: dict[str, float] = {}
-    for op, parts, exchanges in moves:
+    for op, ns, parts, exchanges in moves:
         before = max(clock.values())
         for part, exchange in zip(parts, (*exchanges, ()), strict=True):
             for role, work in part.items():
-                clock[role] += profile.ns(work)
+                clock[role] += ns(work)
             for m in exchange:
                 link = (m.sender, m.receiver)
                 left[link] = max(left.get(link, 0.0), clock[m.sender]) + size(m) * per_byte
@@ -162,4 +176,4 @@ def _passed(moves: Moves, size: Size, profile: Profile, network: Network) -> dic
                 end = profile.byte * min(size(m), piece_bytes)
                 clock[m.receiver] = max(clock[m.receiver], left[m.sender, m.receiver] + delay + end)
         spent[op] = spent.get(op, 0.0) + max(clock.values()) - before
-    return {op: ns / 1e6 for op, ns in spent.items()}
+    return {op: passed / 1e6 for op, passed in spent.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tightrope.program import Program
 from tightrope.runtimes.mpc import oracle
+from tightrope.runtimes.mpc.compiler import Calculation
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.schedule import compile_program
 from tightrope.runtimes.mpc.steps import Gate
@@ -44,7 +45,7 @@ def sign_flips(program: Program, config: MPC, batches: Iterable[NDArray[Any]]) -
     schedule = compile_program(program, config)
     found: dict[str, Flips] = {}
 
-    def seen(step: oracle.Calculation, z: Tensor) -> None:
+    def seen(step: Calculation, z: Tensor) -> None:
         if isinstance(step, Gate):
             before = found.get(step.op, Flips(0, 0.0, 0.0, step.bits))
             found[step.op] = _count(step, z, before)

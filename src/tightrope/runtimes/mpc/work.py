@@ -26,7 +26,6 @@ from tightrope.runtimes.mpc.steps import (
     Step,
     Truncate,
     Wire,
-    truncation_fields,
 )
 
 Work = Mapping[str, float]  # unit -> how many
@@ -152,8 +151,7 @@ def _opening_offline(
 
 
 def _truncate_offline(step: Truncate, batch: int) -> tuple[Part, ...]:
-    fields = truncation_fields(step.input, step.input.size, step.shift)
-    return _opening_offline(step.input, step.input.size, fields, 0, 0, batch)
+    return _opening_offline(step.input, step.input.size, step.share_fields, 0, 0, batch)
 
 
 def _gate_offline(step: Gate, batch: int) -> tuple[Part, ...]:

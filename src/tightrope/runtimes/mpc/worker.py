@@ -116,7 +116,7 @@ def _start(commands: SimpleQueue[Command], replies: Replies) -> Worker:
         program = Program.decode(begin["structure"], weights if role == "server" else None, Path(role))
         schedule = compile_program(program, config)
         own = Credentials(*(text.encode() for text in begin["credentials"]))
-        gates.load_kernels(config.ring_bits)
+        gates.load_kernels(schedule.steps)
         listener = None
         if ACCEPTS[role]:
             port = config.port + begin["port_offset"] if config.port else 0
