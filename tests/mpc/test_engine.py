@@ -22,8 +22,8 @@ from tightrope.runtimes.mpc import MPC, compile_program, costs, holders, oracle
 from tightrope.runtimes.mpc.channel import Clock
 from tightrope.runtimes.mpc.keys import ROLES
 from tightrope.runtimes.mpc.local import local_channels
+from tightrope.runtimes.mpc.packing import packed
 from tightrope.runtimes.mpc.party import Party, introduce
-from tightrope.runtimes.mpc.prg import packed
 from tightrope.runtimes.mpc.steps import UNIT_BITS, Gate, Local, Message, Multiply, Step, Truncate, Wire
 from tightrope.runtimes.mpc.team import LocalTeam
 from tightrope.runtimes.mpc.terms import Term

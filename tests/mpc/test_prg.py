@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from tightrope.errors import ProtocolError
-from tightrope.runtimes.mpc.prg import CHUNK_BYTES, Stream, Streams, packed, unpacked
+from tightrope.runtimes.mpc.packing import packed, unpacked
+from tightrope.runtimes.mpc.prg import CHUNK_BYTES, Stream, Streams
 
 SEED, SESSION = bytes(range(32)), bytes(range(16))
 
@@ -58,7 +59,7 @@ def test_chunks_join_into_one_keystream(count: int) -> None:
 def test_elements_smaller_than_a_word_take_their_bytes_of_the_keystream(bits: int) -> None:
     """Little-endian, one after the other, and only their low bits travel."""
     size = bits // 8
-    want = keystream(stream_key("x", 0, 0), 8)
+    want = keystream(stream_key("x", 0, 0), 8)  # 15 elements: one whole group, and seven that are not
     stream = Streams(SEED, SESSION).open("x", 0, 0)
     got = stream.ring((3, 5), bits)
     assert got.shape == (3, 5) and got.max() < 1 << bits

@@ -21,11 +21,11 @@ from torch import nn
 from tightrope.lower import lower
 from tightrope.nn import BlockReLU
 from tightrope.program import Program
-from tightrope.runtimes.mpc import MPC
+from tightrope.runtimes.mpc import MPC, compile_program
 from tightrope.runtimes.mpc.channel import Channel
+from tightrope.runtimes.mpc.packing import packed
 from tightrope.runtimes.mpc.party import Party
-from tightrope.runtimes.mpc.prg import packed
-from tightrope.runtimes.mpc.steps import UNIT_BITS, RevealLabel
+from tightrope.runtimes.mpc.steps import UNIT_BITS, Gate, RevealLabel
 from tightrope.runtimes.mpc.team import LocalTeam
 from tightrope.runtimes.plain import ranges
 
@@ -38,21 +38,23 @@ CONFIGS = {
     "small ring": MPC(
         timeout_s=20, threads=1, ring_bits=32, fraction_bits=9, weight_bits=9, margin=2.0, noise_bits=6
     ),
-    "wider sums": MPC(
-        timeout_s=20, threads=1, ring_bits=32, fraction_bits=13, weight_bits=13, margin=2.0, noise_bits=6
-    ),
 }
+# Patches' sums as large as if they were far from their means: what they are compared in has more bits.
+SUMS = {"sums in 40 bits": 2.0**13, "sums in 48 bits": 2.0**19}
+CONFIGS |= dict.fromkeys(SUMS, CONFIGS["small ring"])
 # Beyond it a normal variable is once in 10^10, the mean of SESSIONS coins once in 10^11; some 10^5 are tried.
 SIGMAS = 6.5
 # By name, (image, weights): the largest of each, and the pattern that it is multiplied with.
 SECRETS = {"zero": (0.0, 0.0), "equal": (0.5, 0.25), "extreme": (1.25, -0.9)}
 
 
-def tiny() -> Program:
+def tiny(sums: float = 1.0) -> Program:
+    """`sums`: by how much the range of the patches' sums is larger than it was seen."""
     torch.manual_seed(3)
     patches = [(1, 1), (2, 2)]
     model = nn.Sequential(nn.Conv2d(1, 2, 3, 1, 1), BlockReLU(patches), nn.Flatten(), nn.Linear(32, 3)).eval()
-    return ranges(lower(model, SHAPE), [torch.randn(64, *SHAPE)])
+    program = ranges(lower(model, SHAPE), [torch.randn(64, *SHAPE)])
+    return replace(program, ranges=program.ranges | {"1:tiles": sums * program.ranges["1:tiles"]})
 
 
 def chosen(program: Program, name: str) -> tuple[Program, NDArray[np.float64]]:
@@ -106,7 +108,10 @@ def coins(views: list[tuple[bytes, bytes]]) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_views_are_uniform_new_and_independent_of_the_secrets(name: str) -> None:
-    program, config = tiny(), CONFIGS[name]
+    program, config = tiny(SUMS.get(name, 1.0)), CONFIGS[name]
+    steps = compile_program(program, config).steps
+    rings = {step.input.ring_bits for step in steps if isinstance(step, Gate)}
+    assert rings == {int(name.split()[2]) if name in SUMS else config.ring_bits}
     views: Mapping[str, dict[str, list[tuple[bytes, bytes]]]] = {
         role: {secret: [] for secret in SECRETS} for role in ("client", "server", "dealer")
     }

@@ -28,7 +28,7 @@ def by_rule(op: Op, config: MPC, sources: Sequence[Wire] | None = None) -> tuple
         RULES[type(op)](compiler, op, wires)
     except (InputError, TraceError):
         return ()
-    return tuple(compiler.steps)
+    return () if compiler.refused else tuple(compiler.steps)
 
 
 def usual_wire(op: Op, shape: tuple[int, ...], config: MPC, *, static: bool | None = None) -> Wire:

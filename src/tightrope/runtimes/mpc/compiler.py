@@ -21,6 +21,8 @@ from tightrope.runtimes.mpc.steps import (
     Open,
     Piece,
     Product,
+    Reveal,
+    RevealLabel,
     Step,
     Truncate,
     Wire,
@@ -30,8 +32,6 @@ SMALLEST_RANGE = 2.0**-10  # a value that calibration saw as all zero still gets
 WIDER: Mapping[int, tuple[int, ...]] = {32: (40, 48)}  # rings for sums; from 64 bits on nothing is spared
 Calculation = Local | Multiply | Product | Truncate | Gate  # of a wire from wires
 SHAPING = (Concat, Flatten, Pad, Upsample)  # as many values as in the inputs, or fewer: open those instead
-
-
 Rings = Mapping[str, int]  # of wires by name, where it is not that of the configuration
 
 
@@ -40,7 +40,7 @@ class Compiler:
 
     rings: of the wires that have a larger ring than the configuration's, because sums of theirs are compared.
     `asked`: in which ring other wires would have to be, so that a gate need not truncate them first, or could
-    compare their sums at all; `refused`: what is wrong if those are not granted.
+    compare their sums at all; `refused`: what is wrong if the latter are not granted.
     """
 
     def __init__(self, program: Program, config: MPC, rings: Rings | None = None) -> None:
@@ -48,6 +48,7 @@ class Compiler:
         self.config = config
         self.steps: list[Step] = []
         self.asked: dict[str, int] = {}
+        self._held: dict[str, int] = {}  # as `asked`, of the sums that do fit
         self.refused: list[InputError] = []
         self._stopgaps: set[str] = set()  # wires that a gate reads until it is granted what it asked for
         self._rings = rings or {}
@@ -188,8 +189,8 @@ class Compiler:
     def comparable(self, wire: Wire, limit: float, op: str, *, widen: bool = False) -> Wire:
         """The wire, truncated if sums of up to `limit` do not fit the ring beside its bits.
 
-        With `widen` the sums may be in a larger ring than the configuration's, if the wire is: that takes no
-        round, where to truncate takes one at least, and more bytes. It is asked for, for the next time.
+        With `widen` the sums may be in a larger ring than the configuration's, if the wire is; else it is
+        asked for.
         """
         if self.fits(wire) and self._holds(wire, limit, widen):
             return wire
@@ -201,23 +202,31 @@ class Compiler:
     def _holds(self, wire: Wire, limit: float, widen: bool) -> bool:
         """Whether sums of up to `limit` fit the wire's ring; else a larger one is asked for."""
         sums = replace(wire, limit=limit)
-        if self.fits(sums, wire.ring_bits if widen else None):
+        if self.fits(sums):
             return True
         wider = WIDER.get(self.config.ring_bits, ()) if widen else ()
         enough = next((bits for bits in wider if self.fits(sums, bits)), None)
-        if enough is not None:
-            self.asked[wire.name] = enough
-        return False
+        if enough is None:
+            return False
+        holds = wire.ring_bits >= enough
+        noted = self._held if holds else self.asked
+        noted[wire.name] = max(enough, noted.get(wire.name, 0))
+        return holds
 
-    def granted(self) -> Rings:
-        """The rings that were asked for and can be had, also those of all that the wires are made of."""
+    @property
+    def tries(self) -> list[Rings]:
+        """Other rings to compile with: those that are still needed, and for each wire that is asked for its
+        own with them, where it can be had, and that of all it is made of."""
         made_by = {step.output.name: step for step in self.steps if isinstance(step, Calculation)}
-        larger: dict[str, int] = {}
+        needed: dict[str, int] = {}
+        for name, bits in self._held.items():
+            _raise(needed, _origins(name, made_by), bits)
+        found = [needed]
         for name, bits in self.asked.items():
-            chain = _origins(name, made_by)
-            for wire in chain or ():
-                larger[wire] = max(bits, larger.get(wire, self.ring(wire)))
-        return {name: bits for name, bits in larger.items() if bits > self.ring(name)}
+            more = dict(needed)
+            _raise(more, _origins(name, made_by), bits)
+            found.append(more)
+        return [rings for rings in found if rings != self._rings]
 
     def narrow(self, wire: Wire, op: str) -> Wire:
         """The wire with `fraction_bits` fractional bits: truncated once, for all who ask."""
@@ -258,11 +267,22 @@ class Compiler:
         self._masked.add(wire.name)
 
 
+def _raise(rings: dict[str, int], names: set[str] | None, bits: int) -> None:
+    rings.update({name: max(bits, rings.get(name, 0)) for name in names or ()})
+
+
 def may_follow(step: Step) -> bool:
     """Whether the step can make a result in the ring of its output from inputs in theirs."""
     if not isinstance(step, Calculation) or (isinstance(step, Truncate | Gate) and step.shift):
         return True
     return all(wire.ring_bits >= step.output.ring_bits for wire in sources(step))
+
+
+def wires(step: Step) -> tuple[Wire, ...]:
+    """All that it reads and makes."""
+    if isinstance(step, Open | Reveal | RevealLabel):
+        return (step.wire,)
+    return (*sources(step), step.output) if isinstance(step, Calculation) else ()
 
 
 def sources(step: Calculation) -> tuple[Wire, ...]:

@@ -55,10 +55,14 @@ def encode(x: NDArray[Any], scale: int, ring_bits: int = 64) -> Tensor:
 
 def decode(ring: Tensor, wire: Wire) -> NDArray[np.float64]:
     """The real value that both shares of a wire, added, stand for."""
-    unused = 8 * ring.element_size() - wire.ring_bits
-    signed = (ring << unused) >> unused
-    real: NDArray[np.float64] = signed.numpy().astype(np.float64) * (2.0**-wire.scale * wire.mu)
+    real: NDArray[np.float64] = signed(ring, wire).numpy().astype(np.float64) * (2.0**-wire.scale * wire.mu)
     return real
+
+
+def signed(ring: Tensor, wire: Wire) -> Tensor:
+    """The numbers that elements of the wire's ring stand for, whatever their upper bits are."""
+    unused = 8 * ring.element_size() - wire.ring_bits
+    return ring << unused >> unused if unused else ring
 
 
 def in_ring(x: Tensor, wire: Wire) -> Tensor:

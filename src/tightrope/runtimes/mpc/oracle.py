@@ -19,7 +19,16 @@ from torch import Tensor
 from tightrope.nn.block_relu import IDENTITY, Patch, expand_gate
 from tightrope.program import Program
 from tightrope.runtimes.mpc.compiler import Calculation, sources
-from tightrope.runtimes.mpc.fixed import decode, encode, encode_weights, in_ring, label, local, multiply
+from tightrope.runtimes.mpc.fixed import (
+    decode,
+    encode,
+    encode_weights,
+    in_ring,
+    label,
+    local,
+    multiply,
+    signed,
+)
 from tightrope.runtimes.mpc.schedule import Schedule
 from tightrope.runtimes.mpc.steps import Gate, Local, Multiply, Product, RevealLabel, Step, Truncate
 
@@ -85,7 +94,7 @@ MODEL: dict[type[Step], Callable[..., Tensor]] = {
 
 def apply(step: Calculation, program: Program, *inputs: Tensor) -> Tensor:
     """One step on ring values (N, *shape), signed: what its output must be."""
-    return in_ring(MODEL[type(step)](step, program, *inputs), step.output)
+    return signed(in_ring(MODEL[type(step)](step, program, *inputs), step.output), step.output)
 
 
 def evaluate(

@@ -21,7 +21,8 @@ from tightrope.runtimes.mpc.channel import Channel, Clock, Count
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.frame import CONTROL
 from tightrope.runtimes.mpc.keys import KeyExchange, Role
-from tightrope.runtimes.mpc.prg import SEED_BYTES, Streams, packed, unpacked
+from tightrope.runtimes.mpc.packing import packed, unpacked
+from tightrope.runtimes.mpc.prg import SEED_BYTES, Streams
 from tightrope.runtimes.mpc.schedule import MASK, Schedule
 from tightrope.runtimes.mpc.steps import Field, Message, Step, Tag, Unit
 from tightrope.types import Json

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from tightrope.errors import ProtocolError
+from tightrope.runtimes.mpc.packing import unpacked
 
 U8 = NDArray[np.uint8]
 U64 = NDArray[np.uint64]
@@ -27,19 +28,6 @@ WORDS = {64: np.uint64, 48: np.uint64, 40: np.uint64, 32: np.uint32}  # what hol
 SEED_BYTES = 32
 SESSION_BYTES = 16
 CHUNK_BYTES = 1 << 18  # zeros encrypted per call: large enough to hide the call, small enough for the cache
-
-
-def packed(words: U64, bits: int) -> U8:
-    """The `bits` low bits of every word, one after the other, whole bytes: uint8[words.size * bits / 8]."""
-    raw = words.reshape(-1).view(np.uint8).reshape(-1, 8)
-    return np.ascontiguousarray(raw[:, : bits // 8]).reshape(-1)
-
-
-def unpacked(raw: U8, bits: int) -> U64:
-    """The reverse: uint64[raw.size * 8 / bits], below 2^bits."""
-    words = np.zeros(8 * raw.size // bits, np.uint64)
-    words.view(np.uint8).reshape(-1, 8)[:, : bits // 8] = raw.reshape(-1, bits // 8)
-    return words
 
 
 class Stream:

@@ -12,6 +12,7 @@ from tightrope.runtimes.mpc.compiler import Compiler, Rings
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.rules import RULES, label
 from tightrope.runtimes.mpc.steps import (
+    UNIT_BITS,
     Gate,
     Local,
     Multiply,
@@ -46,11 +47,9 @@ def compile_program(program: Program, config: MPC) -> Schedule:
     """
     for op in program.ops:
         config.check(op)
-    rings: Rings = {}
-    compiler = _compiled(program, config, rings)
-    while more := compiler.granted():  # what a gate no longer truncates may let another have its sums
-        rings = {**rings, **more}
-        compiler = _compiled(program, config, rings)
+    compiler = _compiled(program, config, {})
+    while (better := _better(compiler)) is not None:
+        compiler = better
     if compiler.refused:
         raise compiler.refused[0]
     steps = _live(compiler.steps)
@@ -68,6 +67,19 @@ def _compiled(program: Program, config: MPC, rings: Rings) -> Compiler:
     else:
         compiler.emit(Reveal, program.output, wire=output)
     return compiler
+
+
+def _better(compiler: Compiler) -> Compiler | None:
+    """The first compilation with other rings that is worth more, if any."""
+    others = (_compiled(compiler.program, compiler.config, rings) for rings in compiler.tries)
+    return next((other for other in others if _worth(other) < _worth(compiler)), None)
+
+
+def _worth(compiler: Compiler) -> tuple[int, int]:
+    """(sums that no ring of theirs holds, bits online per sample): a larger ring takes bits from one gate's
+    truncation and adds some to all that its values are made of."""
+    online = (m for step in compiler.steps for exchange in step.online for m in exchange)
+    return len(compiler.refused), sum(f.count * UNIT_BITS[f.unit] for m in online for f in m.fields)
 
 
 def _reads(step: Step) -> list[str]:

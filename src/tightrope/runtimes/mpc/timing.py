@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from tightrope.errors import InputError
-from tightrope.runtimes.mpc.compiler import Calculation
+from tightrope.runtimes.mpc.compiler import wires
 from tightrope.runtimes.mpc.keys import ROLES, Role
 from tightrope.runtimes.mpc.network import Network
 from tightrope.runtimes.mpc.steps import HALF_BITS, Message, Step
@@ -38,7 +38,7 @@ class Profile:
     compared: a DReLU; level: one level of its tree. Offline: deal: the fixed part of a step; drawn: a byte of
     a keystream; shared: an element that the dealer shares; keyed: one level of a key that it makes.
 
-    wider: of the steps whose result is in a larger ring; None where there is none.
+    wider: of the steps with a wire in a larger ring; None where there is none.
     """
 
     frame: float
@@ -72,7 +72,7 @@ class Profile:
 
     def of(self, step: Step) -> Profile:
         """The profile of the step's ring."""
-        wide = isinstance(step, Calculation) and step.output.ring_bits > HALF_BITS
+        wide = any(wire.ring_bits > HALF_BITS for wire in wires(step))
         return self.wider if wide and self.wider is not None else self
 
     @property

@@ -25,21 +25,29 @@ from tightrope.runtimes.mpc.steps import (
     RevealLabel,
     Step,
     Truncate,
+    Unit,
     Wire,
 )
 
 Work = Mapping[str, float]  # unit -> how many
 Part = Mapping[Role, Work]
 BLOCK_BYTES = 16
+PACKED: frozenset[Unit] = frozenset({"word40", "word48"})
+PACKING = 5.0  # times what an element of a sum takes to be read or written
 
 
 def _both(work: Work) -> Part:
     return {"client": work, "server": work}
 
 
-def _masking(static: bool, size: float) -> Part:
-    """Adding a mask; the client's static share was masked offline."""
-    masked = {"element": 2 * size}
+def _packing(*wires: Wire) -> float:
+    """Elements that are read and written to pack or unpack one of a wire, of those with no machine word."""
+    return PACKING if any(ELEMENTS[wire.ring_bits] in PACKED for wire in wires) else 0.0
+
+
+def _masking(static: bool, size: float, *wires: Wire) -> Part:
+    """Adding a mask, packing; the client's static share was masked offline."""
+    masked = {"element": (2 + _packing(*wires)) * size}
     return {"server": masked} if static else _both(masked)
 
 
@@ -50,7 +58,7 @@ def _local(step: Local, batch: int) -> tuple[Part, ...]:
 
 
 def _open(step: Open, batch: int) -> tuple[Part, ...]:
-    work = {"step": 1.0, "element": 2.0 * batch * step.wire.size}
+    work = {"step": 1.0, "element": (2 + _packing(step.wire)) * batch * step.wire.size}
     return ({"client": work}, {"server": work})
 
 
@@ -70,7 +78,8 @@ def _multiply(step: Multiply, batch: int) -> tuple[Part, ...]:
 
 def _truncate(step: Truncate, batch: int) -> tuple[Part, ...]:
     size = float(batch * step.input.size)
-    return (_masking(step.input.static, size), _both({"step": 1.0, "opened": size}))
+    work = {"step": 1.0, "opened": size, "element": _packing(step.input) * size}
+    return (_masking(step.input.static, size, step.input), _both(work))
 
 
 def _gate(step: Gate, batch: int) -> tuple[Part, ...]:
@@ -79,20 +88,29 @@ def _gate(step: Gate, batch: int) -> tuple[Part, ...]:
     levels = compared * word_levels(step.bits)
     squares = sum(1 + (piece.square != 0) for piece in step.pieces)
     return (
-        _masking(step.input.static, opened),
-        _both({"gate": 1.0, "opened": opened, "compared": compared, "level": levels}),
+        _masking(step.input.static, opened, step.input),
+        _both(
+            {
+                "gate": 1.0,
+                "opened": opened,
+                "compared": compared,
+                "level": levels,
+                "element": _packing(step.input) * opened,
+            }
+        ),
         _both({"selected": gated * squares}),
     )
 
 
 def _product(step: Product, batch: int) -> tuple[Part, ...]:
     size = float(batch * (step.left.size + step.right.size))
-    result = {"step": 1.0, "element": 2 * size + 6.0 * batch * step.output.size}
-    return (_masking(step.left.static and step.right.static, size), _both(result))
+    packing = _packing(step.left, step.right)
+    result = {"step": 1.0, "element": (2 + packing) * size + 6.0 * batch * step.output.size}
+    return (_masking(step.left.static and step.right.static, size, step.left, step.right), _both(result))
 
 
 def _reveal(step: Reveal | RevealLabel, batch: int) -> tuple[Part, ...]:
-    work = {"step": 1.0, "element": 2.0 * batch * step.wire.size}
+    work = {"step": 1.0, "element": (2 + _packing(step.wire)) * batch * step.wire.size}
     return ({"server": work}, {"client": work})
 
 
@@ -111,6 +129,11 @@ def _bytes(wire: Wire, size: int, batch: int) -> float:
     return batch * size * UNIT_BITS[ELEMENTS[wire.ring_bits]] / 8
 
 
+def _drawn(wire: Wire, size: int, batch: int) -> dict[str, float]:
+    """Elements from a keystream, unpacked."""
+    return {"drawn": _bytes(wire, size, batch), "element": _packing(wire) * batch * size}
+
+
 def _local_offline(step: Local, batch: int) -> tuple[Part, ...]:
     work = {"element": batch * (sum(w.size for w in step.inputs) + step.output.size)}
     if step.masks:
@@ -119,15 +142,17 @@ def _local_offline(step: Local, batch: int) -> tuple[Part, ...]:
 
 
 def _open_offline(step: Open, batch: int) -> tuple[Part, ...]:
-    work = {"deal": 1.0, "drawn": _bytes(step.wire, step.wire.size, batch)}
+    work = {"deal": 1.0, **_drawn(step.wire, step.wire.size, batch)}
     return ({"client": work, "dealer": work}, {})
 
 
 def _multiply_offline(step: Multiply, batch: int) -> tuple[Part, ...]:
     layer = {"deal": 1.0, **_product_of_layer(step, batch)}
-    drawn = {"drawn": _bytes(step.output, step.output.size, batch)}
-    server = {"deal": 1.0, "element": 2.0 * batch * step.output.size, **drawn}
-    return ({"client": layer, "server": server, "dealer": {**layer, **drawn}}, {})
+    drawn = _drawn(step.output, step.output.size, batch)
+    added = 2.0 * batch * step.output.size + drawn["element"]
+    server = {"deal": 1.0, **drawn, "element": added}
+    dealer = {**layer, **drawn, "element": layer["element"] + drawn["element"]}
+    return ({"client": layer, "server": server, "dealer": dealer}, {})
 
 
 def _opening_offline(
@@ -137,16 +162,18 @@ def _opening_offline(
     own = _bytes(wire, size, batch) + BLOCK_BYTES * batch * keys
     shares = sum(f.bytes(batch) for f in fields)
     words = float(batch * sum(f.count for f in fields if f.unit != "bit"))
+    mask = _packing(wire) * batch * size
+    small = PACKING * batch * sum(f.count for f in fields if f.unit in PACKED)
     return (
         {
-            "client": {"deal": 1.0, "drawn": own + shares},
-            "server": {"deal": 1.0, "drawn": own},
+            "client": {"deal": 1.0, "drawn": own + shares, "element": mask + small},
+            "server": {"deal": 1.0, "drawn": own, "element": mask + small},
             "dealer": {
                 "deal": 1.0, "drawn": 2 * own + shares, "shared": words,
-                "keyed": float(batch * keys * levels),
+                "keyed": float(batch * keys * levels), "element": 2 * mask + 2 * small,
             },
         },
-        {"client": {"element": 2.0 * batch * size}} if wire.static else {},
+        {"client": {"element": (2 + _packing(wire)) * batch * size}} if wire.static else {},
     )  # fmt: skip
 
 
@@ -161,7 +188,8 @@ def _gate_offline(step: Gate, batch: int) -> tuple[Part, ...]:
 
 def _product_offline(step: Product, batch: int) -> tuple[Part, ...]:
     factors, size = step.left.size + step.right.size, step.output.size
-    own, share = _bytes(step.output, factors, batch), _bytes(step.output, size, batch)
+    own = sum(_bytes(wire, wire.size, batch) for wire in (step.left, step.right))
+    share = _bytes(step.output, size, batch)
     dealer = {"deal": 1.0, "drawn": 2 * own + share, "element": 4.0 * batch * size}
     masked = {"element": 2.0 * batch * factors} if step.left.static or step.right.static else {}
     client, server = ({"deal": 1.0, "drawn": drawn} for drawn in (own + share, own))
