@@ -7,11 +7,11 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,14 +177,20 @@ class Table:
         return Cost(**{m: float(v[choice].sum()) for m, v in self.cost.items()})
 
 
+# How an op of a ciphertext shares levels with those beside it; what each does: `solve.levels.Action`.
+Merge = Literal["none", "layer", "sum", "same", "square", "product"]
+
+
 @dataclass(frozen=True)
 class Step:
     """One value on the way from the input to the output: it is made of the `inputs`, "" being the network's,
-    and takes `levels` of a ciphertext besides what an option at its site takes."""
+    and takes `levels` of a ciphertext besides what an option at its site takes. `merge`: one for each of
+    these options, or one for all."""
 
     name: str
     inputs: tuple[str, ...]
     levels: int
+    merge: tuple[Merge, ...] = ("none",)
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ class Problem:
             "fixed": asdict(self.fixed),
             "baseline": asdict(self.baseline),
             "meta": dict(self.meta),
-            "path": [[step.name, step.inputs, step.levels] for step in self.path],
+            "path": [[step.name, step.inputs, step.levels, step.merge] for step in self.path],
         }
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)
         atomic_write(path, lambda f: np.savez_compressed(f, **arrays))  # type: ignore[arg-type]
@@ -231,7 +237,7 @@ class Problem:
                     )
                     for i, s in enumerate(head["sites"])
                 )
-                steps = tuple(Step(name, tuple(inputs), n) for name, inputs, n in head.get("path", ()))
+                steps = tuple(_step(*parts) for parts in head.get("path", ()))
                 return cls(tables, Cost(**head["fixed"]), Cost(**head["baseline"]), head["meta"], steps)
         except FileNotFoundError:
             raise BundleError("no saved problem", where=str(path), fix="tightrope search") from None
@@ -239,6 +245,13 @@ class Problem:
             raise
         except Exception as error:  # a damaged zip raises almost anything
             raise BundleError("the saved problem is damaged", where=str(path), got=str(error)) from error
+
+
+def _step(name: str, inputs: Sequence[str], levels: int, merge: Sequence[Any] = ("none",)) -> Step:
+    """From JSON; what was saved before ops merged has no `merge`."""
+    if not set(merge) <= set(get_args(Merge)):
+        raise ValueError(f"{name} merges as {merge}")
+    return Step(name, tuple(inputs), levels, tuple(merge))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -180,3 +181,73 @@ def test_what_is_no_graph_is_refused():
         evaluate((Node("a", ("",), act),), Chain(top=3), {"a": 0}, ["a"])
     with pytest.raises(BudgetError, match="where:   a"):
         evaluate((Node("a", ("",), act),), Chain(top=0), {"a": 0})
+
+
+MERGES = ("none", "layer", "sum", "same", "square", "product")
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs(), st.integers(0, 2**32 - 1))
+def test_merging_actions_are_chosen_as_among_all(case, seed):
+    nodes, _ = case
+    rng, chain = np.random.default_rng(seed), Chain(top=20)
+    nodes = [
+        replace(
+            node,
+            actions=tuple(
+                replace(a, merge=MERGES[rng.integers(6 if len(node.inputs) == 1 else 3)], ms=0.0)
+                for a in node.actions
+            ),
+        )
+        for node in nodes
+    ]
+    found = [
+        evaluate(nodes, chain, dict(zip((n.name for n in nodes), picked, strict=True)))
+        for picked in product(*(range(len(node.actions)) for node in nodes))
+    ]
+    curve = frontier(nodes, chain, "levels")
+    assert [(a.levels, a.loss) for a in curve] == pareto(found, "levels")
+    least = curve[0].levels
+    assert frontier(nodes, Chain(top=least), "levels")[0].levels == least
+    with pytest.raises(BudgetError):
+        frontier(nodes, Chain(top=least - 1), "levels")
+
+
+def test_what_waits_to_be_merged_takes_a_level_once_it_is_read():
+    """A second layer or a polynomial makes the first layer; a pool of a ciphertext is made to be read."""
+    conv, pool = (Action(merge, n, merge=merge) for merge, n in (("layer", 1), ("sum", 0)))
+    square, cube = Action("square", 1, merge="square"), Action("cube", 2)
+
+    def levels(*actions: Action) -> int:
+        values = ("", *(f"n{k}" for k in range(len(actions))))
+        nodes = [Node(f"n{k}", (values[k],), (a,)) for k, a in enumerate(actions)]
+        return frontier(nodes, Chain(top=20), "levels")[0].levels
+
+    assert levels(conv) == levels(pool) == levels(pool, pool) == levels(pool, conv) == levels(conv, pool) == 1
+    assert levels(conv, pool, conv) == 2 and levels(conv, square, conv) == 3 == levels(conv, cube)
+    assert levels(conv, cube, pool) == 4 == levels(conv, cube, pool, conv)
+    assert levels(square) == 2 and levels(conv, square, square, conv) == 5  # a sum between two squares
+
+
+def test_equal_sums_are_equal_in_any_order():
+    """0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in the last bit of a float: that is no gain."""
+
+    def node(name, before, *actions):
+        return Node(name, (before,), tuple(Action("", 1, loss, ms) for loss, ms in actions))
+
+    middle = node("b", "a", (0.2, 1.0))
+    nodes = (node("a", "", (0.1, 5.0), (0.3, 3.0)), middle, node("c", "b", (0.3, 1.0), (0.1, 4.0)))
+    curve = frontier(nodes, Chain(top=3), "ms")
+    assert [(a.ms, a.loss) for a in curve] == [(5.0, 0.8), (7.0, 0.6), (10.0, 0.4)]
+    nodes = (node("a", "", (5.0, 0.1), (3.0, 0.3)), middle, node("c", "b", (1.0, 0.3), (4.0, 0.1)))
+    nodes = (nodes[0], node("b", "a", (1.0, 0.2)), nodes[2])
+    curve = frontier(nodes, Chain(top=3), "ms")  # the cheaper of equal costs is that of the smaller loss
+    assert [(a.ms, a.loss) for a in curve] == [(0.4, 10.0), (0.6, 7.0), (0.8, 5.0)]
+
+
+def test_an_infinite_loss_is_taken_only_where_nothing_finite_fits():
+    acts = (Action("dear", 2, 1e300), Action("cheap", 1, float("inf")), Action("broken", 1, float("nan")))
+    nodes = (Node("a", ("",), acts), Node("b", ("a",), acts))
+    assert [(a.levels, a.chosen["a"] + a.chosen["b"]) for a in frontier(nodes, Chain(top=4), "levels")] == [
+        (2, 2), (3, 1), (4, 0),
+    ]  # fmt: skip

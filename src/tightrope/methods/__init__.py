@@ -16,7 +16,7 @@ from tightrope.forms import parse
 from tightrope.graph import Graph
 from tightrope.program import Op, Program
 from tightrope.shard import Shard
-from tightrope.types import Budget, Cost, Json, Problem, Site
+from tightrope.types import Budget, Cost, Json, Merge, Problem, Site
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 
@@ -30,6 +30,15 @@ class CostModel(Protocol):
 
     def exact(self, program: Program) -> Cost:
         """What a run of one sample counts; runtimes whose engine is timed run it."""
+        ...
+
+
+@runtime_checkable
+class Merges(Protocol):
+    """A cost model whose ops share levels with those beside them."""
+
+    def merge(self, op: Op) -> Merge:
+        """How this one does; its `ckks_levels` are then those of `price`."""
         ...
 
 

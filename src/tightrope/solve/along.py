@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tightrope.solve.levels import Action, Chain, Node
+from tightrope.solve.levels import Action, Chain, Node, evaluate
 from tightrope.solve.levels import least_loss as least
-from tightrope.types import Problem
+from tightrope.types import Problem, Step, Table
 
 
 def levels(problem: Problem, chosen: Mapping[str, int]) -> float:
     """Of the longest path under these options, one per site."""
-    cost = {t.site: float(t.cost["ckks_levels"][chosen[t.site]]) for t in problem.tables}
-    depth = {"": 0.0}
-    for step in problem.path:
-        above = max(depth[value] for value in step.inputs)
-        depth[step.name] = above + step.levels + cost.get(step.name, 0.0)
-    return depth[problem.path[-1].name]
+    tables = {t.site: t for t in problem.tables}
+    made = [
+        Node(s.name, s.inputs, (_action(s, tables.get(s.name), chosen.get(s.name, 0)),)) for s in problem.path
+    ]
+    return float(evaluate(made, Chain(top=_enough(made)), dict.fromkeys((n.name for n in made), 0)).levels)
 
 
 def nodes(problem: Problem) -> tuple[Node, ...]:
@@ -24,23 +23,28 @@ def nodes(problem: Problem) -> tuple[Node, ...]:
     tables = {t.site: t for t in problem.tables}
     made = []
     for step in problem.path:
-        actions: tuple[Action, ...] = (Action("", step.levels),)
-        if step.name in tables:
-            table = tables[step.name]
-            actions = tuple(
-                Action(label, step.levels + int(n), float(loss))
-                for label, n, loss in zip(
-                    table.labels, table.cost["ckks_levels"], table.loss.sum(0), strict=True
-                )
-            )
-        made.append(Node(step.name, step.inputs, actions))
+        table = tables.get(step.name)
+        count = len(table.labels) if table else 1
+        made.append(Node(step.name, step.inputs, tuple(_action(step, table, k) for k in range(count))))
     return tuple(made)
 
 
 def least_loss(problem: Problem, limit: float) -> dict[str, int]:
     """The option of every site that together lose least within `limit` levels. Raises BudgetError."""
-    most = max(t.cost["ckks_levels"].max() for t in problem.tables)
-    enough = sum(step.levels for step in problem.path) + len(problem.tables) * int(most)
-    top = int(min(limit, enough))
-    found = least(nodes(problem), Chain(top=top), "levels", top)
+    made = nodes(problem)
+    top = int(min(limit, _enough(made)))
+    found = least(made, Chain(top=top), "levels", top)
     return {t.site: found.chosen[t.site] for t in problem.tables}
+
+
+def _action(step: Step, table: Table | None, k: int) -> Action:
+    merge = step.merge[k if len(step.merge) > 1 else 0]
+    if table is None:
+        return Action("", step.levels, merge=merge)
+    spent = step.levels + int(table.cost["ckks_levels"][k])
+    return Action(table.labels[k], spent, float(table.loss[:, k].sum()), merge=merge)
+
+
+def _enough(made: tuple[Node, ...] | list[Node]) -> int:
+    """Levels for any choice: whatever is read may have to be made first."""
+    return sum(max(action.levels for action in node.actions) + 1 for node in made)

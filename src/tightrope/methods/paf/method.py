@@ -18,7 +18,7 @@ from tightrope.data import Data
 from tightrope.errors import InputError, TraceError
 from tightrope.graph import Graph
 from tightrope.lower import lower
-from tightrope.methods import CostModel, Curve, Progress
+from tightrope.methods import CostModel, Curve, Merges, Progress
 from tightrope.methods.paf.controls import controls
 from tightrope.methods.paf.options import TARGETS, Fitted, fit, matching, offered, structure
 from tightrope.methods.paf.sites import distortions, histograms
@@ -28,7 +28,19 @@ from tightrope.place import Rewrite, model_sha256, place
 from tightrope.program import Op, Polynomial, Program
 from tightrope.shard import Shard
 from tightrope.solve.along import levels
-from tightrope.types import ADDITIVE, ALONG, Budget, FloatArray, Json, Problem, Site, Step, Table, total
+from tightrope.types import (
+    ADDITIVE,
+    ALONG,
+    Budget,
+    FloatArray,
+    Json,
+    Merge,
+    Problem,
+    Site,
+    Step,
+    Table,
+    total,
+)
 
 SINGLE = Shard()
 SHOWN_BEYOND = 1e-4  # a larger share of inputs beyond the scale is noted
@@ -252,53 +264,48 @@ def _priced(
     cost: CostModel,
     rewrite: Rewrite,
 ) -> Problem:
-    """Options and their prices. Levels follow the graph of the network with polynomials in it.
+    """Options and their prices. Levels follow the graph of the network with polynomials in it, along which
+    ops merge where the cost model says how.
 
     The baseline is the unchanged network, with the levels of the dearest polynomials; where the runtime
     cannot execute that, the network with the dearest polynomials altogether.
     """
-    cheapest = {  # of those that keep layers apart: between activations of degree 1 they may merge
-        name: next((k for k in reversed(found) if structure(k)[0] != (1,)), found[-1])
-        for name, found in labels.items()
-    }
-    program = _structure(graph, cheapest, rewrite)
-    spent = cost.prices(program)
-    ops = {s.name: program.op(s.name) for s in sites}
-    prices = {name: [cost.price(_as(op, label)) for label in labels[name]] for name, op in ops.items()}
-    least_of_all = {name: found[-1] for name, found in labels.items()}
-    merging = [] if least_of_all == cheapest else [least_of_all]
-    for low in (cheapest, *merging):
-        among = spent if low is cheapest else cost.prices(_structure(graph, low, rewrite))
-        for name, label in low.items():  # between layers it may take fewer levels than alone
-            k = labels[name].index(label)
-            prices[name][k] = replace(prices[name][k], ckks_levels=among[name].ckks_levels)
+    program = _structure(graph, {name: found[-1] for name, found in labels.items()}, rewrite)
+    ops = {s.name: [_as(program.op(s.name), label) for label in labels[s.name]] for s in sites}
+    prices = {name: [cost.price(op) for op in offers] for name, offers in ops.items()}
+    fixed_levels = {op.name: int(cost.price(op).ckks_levels) for op in program.ops if op.name not in ops}
+    along = any(fixed_levels.values()) or any(c.ckks_levels for costs in prices.values() for c in costs)
     tables = []
     for name, costs in prices.items():
         priced = {m: np.array([getattr(c, m) for c in costs], np.float64) for m in (*ADDITIVE, *ALONG)}
-        kept = {m: v for m, v in priced.items() if m == "drelus" or v.any()}
+        kept = {m: v for m, v in priced.items() if m == "drelus" or v.any() or (m in ALONG and along)}
         tables.append(Table(name, tuple(labels[name]), np.zeros((1, len(costs))), kept))
-    steps = tuple(
-        Step(
-            op.name,
-            tuple("" if value == Program.INPUT else value for value in op.inputs),
-            0 if op.name in ops else int(spent[op.name].ckks_levels),
-        )
-        for op in program.ops
-    )
     try:
         original = lower(graph.module, graph.input_shape)
         baseline = total(cost.prices(original).values())
         fixed = baseline + total(cost.price(original.op(name)) for name in ops).scaled(-1)
     except TraceError:
-        least = (costs[labels[name].index(cheapest[name])] for name, costs in prices.items())
-        fixed = total(spent.values()) + total(least).scaled(-1)
+        fixed = total(cost.prices(program).values()) + total(c[-1] for c in prices.values()).scaled(-1)
         baseline = fixed + total(costs[0] for costs in prices.values())
     fixed, baseline = (replace(c, ckks_levels=0) for c in (fixed, baseline))
-    if not all("ckks_levels" in table.cost for table in tables):
+    if not along:
         return Problem(tuple(tables), fixed, baseline)
+    steps = tuple(
+        Step(
+            op.name,
+            tuple("" if value == Program.INPUT else value for value in op.inputs),
+            fixed_levels.get(op.name, 0),
+            tuple(_merge(cost, offer) for offer in ops.get(op.name, (op,))),
+        )
+        for op in program.ops
+    )
     problem = Problem(tuple(tables), fixed, baseline, {}, steps)
     deepest = levels(problem, dict.fromkeys(ops, 0))
     return replace(problem, baseline=replace(baseline, ckks_levels=deepest))
+
+
+def _merge(cost: CostModel, op: Op) -> Merge:
+    return cost.merge(op) if isinstance(cost, Merges) else "none"
 
 
 def _structure(graph: Graph, names: Mapping[str, str], rewrite: Rewrite) -> Program:

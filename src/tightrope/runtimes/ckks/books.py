@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.program import Program, deepest
+from tightrope.program import Program
 from tightrope.runtimes.ckks import cost
 from tightrope.runtimes.ckks.circuit import Circuit, Refresh
 from tightrope.runtimes.ckks.evaluate import Spent
@@ -80,7 +80,7 @@ class Books:
             runtime="ckks",
             batch=batch,
             ops=traces,
-            total=replace(summed, online_ms=elapsed_ms, ckks_levels=deepest(self.program, levels)),
+            total=replace(summed, online_ms=elapsed_ms, ckks_levels=self.circuit.deepest(lost)),
             links=cost.links(self.circuit, batch),
             setup_links=cost.setup_links(self.circuit),
             config=about | more,

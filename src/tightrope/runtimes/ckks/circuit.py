@@ -147,9 +147,13 @@ class Circuit:
     @property
     def levels(self) -> int:
         """What the deepest path spends, bootstrapped or not."""
+        return self.deepest({step.name: step.depth for step in self.steps})
+
+    def deepest(self, spent: Mapping[str, int]) -> int:
+        """The largest sum of what steps spend along any path to the output."""
         depth = {self.input: 0}
         for step in self.steps:
-            depth[step.name] = step.depth + max(depth[name] for name in step.sources)
+            depth[step.name] = spent[step.name] + max(depth[name] for name in step.sources)
         return depth[self.output]
 
     def op_levels(self, spent: Mapping[str, int]) -> dict[str, int]:

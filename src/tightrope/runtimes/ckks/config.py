@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tightrope.errors import InputError
 from tightrope.program import Op, Program, base_cost
-from tightrope.runtimes.ckks.affine import is_dense
 from tightrope.runtimes.ckks.compiler import Nodes
 from tightrope.runtimes.ckks.parameters import (
     MAX_LOG_QP,
@@ -19,8 +18,8 @@ from tightrope.runtimes.ckks.parameters import (
     max_levels,
 )
 from tightrope.runtimes.ckks.placement import MAX_REFRESH, choose_levels
-from tightrope.runtimes.ckks.planning import OPS, check, is_quadratic
-from tightrope.types import Cost, Json
+from tightrope.runtimes.ckks.planning import OPS, alone, check, merge
+from tightrope.types import Cost, Json, Merge
 
 if TYPE_CHECKING:
     from tightrope.runtimes.ckks.cost import Predicted
@@ -108,12 +107,13 @@ class CKKS:
         return choose_levels(nodes(1 << (largest - 1)), offer, self.refresh_levels)
 
     def price(self, op: Op) -> Cost:
-        """Levels of one op alone, between two layers. What these merge into one level is in `prices`."""
+        """Of one op alone; its levels are those between two layers. How they add up among others: `merge`."""
         check(op)
-        levels = base_cost(op).ckks_levels or float(is_dense(op))
-        if self.squares and is_quadratic(op):
-            levels = 1
-        return replace(base_cost(op), ckks_levels=levels)
+        return replace(base_cost(op), ckks_levels=alone(op, self.squares))
+
+    def merge(self, op: Op) -> Merge:
+        """How the op shares levels with those beside it, for whoever counts them along a path."""
+        return merge(op, self.squares)
 
     def prices(self, program: Program) -> dict[str, Cost]:
         """What every op adds per sample among the others: a merged op is free, the last of a step pays."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tightrope.program import Program, base_cost, deepest
+from tightrope.program import Program, base_cost
 from tightrope.runtimes.ckks import bootstrapping, lattigo
 from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Circuit, Composite, Refresh, Square, Value
 from tightrope.runtimes.ckks.compiler import compile_program
@@ -258,6 +258,5 @@ def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
     times = steps_ms(circuit)
     for step in circuit.steps:
         costs[step.ops[-1]] += Cost(online_ms=batch * times[step.name])
-    levels = deepest(program, {name: cost.ckks_levels for name, cost in costs.items()})
     about = str(estimate(circuit, config.threads))
-    return Predicted(costs, replace(total(costs.values()), ckks_levels=levels), about)
+    return Predicted(costs, replace(total(costs.values()), ckks_levels=circuit.levels), about)

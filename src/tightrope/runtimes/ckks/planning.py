@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from tightrope.errors import InputError, TraceError
 from tightrope.ops import Op, Shape
-from tightrope.program import Mul, Polynomial, Program
+from tightrope.program import Flatten, Mul, Polynomial, Program
 from tightrope.runtimes.ckks.affine import (
     MATRICES,
     Sum,
@@ -22,6 +22,7 @@ from tightrope.runtimes.ckks.affine import (
     source,
     spread,
 )
+from tightrope.types import Merge
 
 OPS = frozenset({op.kind for op in MATRICES} | {Polynomial.kind, Mul.kind})
 MAX_GAIN = 2.0**10  # of noise, where a quadratic is a square: steep ones with hardly a square have more
@@ -52,7 +53,8 @@ class Planned:
 
 @dataclass
 class Plan:
-    """Sums are merged until a polynomial, the output or a second layer needs the value itself.
+    """Sums are merged until a polynomial, the output or a second layer needs the value itself; what was
+    merged before then stays so.
 
     A polynomial of degree 1 is a part of the sums around it.
     squares: the quadratics a x^2 + b x + c that become a square, one level instead of two: the sum before
@@ -66,27 +68,25 @@ class Plan:
     real: dict[str, tuple[Shape, int]] = field(default_factory=dict)  # values in ciphertexts: shape, depth
     unit: set[str] = field(default_factory=set)
     pending: list[str] = field(default_factory=list)  # linear ops that no step executes yet
+    order: dict[str, int] = field(init=False)  # of the ops
 
-    def add(self, op: Op, needed: bool) -> None:
+    def __post_init__(self) -> None:
+        self.order = {op.name: k for k, op in enumerate(self.program.ops)}
+
+    def add(self, op: Op) -> None:
         if isinstance(op, Polynomial):
             inner = self.sums[op.inputs[0]]
             if is_linear(op):
                 self._add_linear(op, inner)
-                if needed:
-                    self.materialise(op.name)
-                return
-            if op.name in self.squares and inner.copy_of is None:
+            elif op.name in self.squares and inner.copy_of is None:
                 self._add_square(op, inner)
-                return
-            self.pending.append(op.name)
-            made = self.materialise(op.inputs[0])
-            depth = self.real[made][1] + op.levels
-            self._emit(op.name, (made,), op, depth, op.shape)
+            else:
+                made = self.materialise(op.inputs[0])
+                self.pending.append(op.name)
+                self._emit(op.name, (made,), op, self.real[made][1] + op.levels, op.shape)
             return
         if isinstance(op, Mul):
             self._add_product(op)
-            if needed:
-                self.materialise(op.name)
             return
         inputs = [self.sums[value] for value in op.inputs]
         if is_dense(op) and any(inner.dense for inner in inputs):
@@ -95,8 +95,6 @@ class Plan:
             inputs = [self.sums[value] for value in op.inputs]
         self.pending.append(op.name)
         self.sums[op.name] = compose(op, self.program, inputs)
-        if needed:
-            self.materialise(op.name)
 
     def _add_linear(self, op: Polynomial, inner: Sum) -> None:
         """A factor and a constant of a sum that is made anyway: no level, and the step is the layer's."""
@@ -151,9 +149,9 @@ class Plan:
     def _emit(
         self, name: str, sources: tuple[str, ...], what: Sum | Polynomial | Squaring, depth: int, shape: Shape
     ) -> None:
-        ops = tuple(self.pending) or (base(name),)
-        self.steps.append(Planned(name, sources, ops, what, depth))
-        self.pending.clear()
+        done = [op for op in self.pending if self.order[op] <= self.order[base(name)]]
+        self.pending = [op for op in self.pending if op not in done]
+        self.steps.append(Planned(name, sources, tuple(done) or (base(name),), what, depth))
         self.start(name, shape, depth)
 
     def start(self, name: str, shape: Shape, depth: int) -> None:
@@ -221,16 +219,41 @@ def is_quadratic(op: Op) -> bool:
     return isinstance(op, Polynomial) and op.stages == (2,) and not op.gated
 
 
+def merge(op: Op, squares: bool) -> Merge:
+    """What `Plan` does of an op beside others, as the choice of polynomials counts it."""
+    if isinstance(op, Polynomial) and not is_linear(op):
+        return "square" if squares and is_quadratic(op) else "none"
+    if isinstance(op, Mul | Flatten):
+        return "product" if isinstance(op, Mul) else "same"
+    return "layer" if is_dense(op) else "sum"
+
+
+def alone(op: Op, squares: bool) -> int:
+    """Levels between two layers, where sums before and after it cost nothing."""
+    how = merge(op, squares)
+    if isinstance(op, Polynomial) and how == "none":
+        return op.levels
+    return int(how in ("layer", "square", "product"))
+
+
 def plan(program: Program, squares: bool) -> Plan:
     """The steps and the levels that each spends. Raises TraceError for an op outside the runtime."""
     for op in program.ops:
         check(op)
-    polynomials = [op for op in program.ops if isinstance(op, Polynomial) and not is_linear(op)]
-    direct = {v for op in polynomials for v in op.inputs} | {program.output}  # no sum takes what is left
-    quadratic = {op.name for op in polynomials if is_quadratic(op)} - direct
-    planned = Plan(program, frozenset(quadratic if squares else ()))
+    planned = Plan(program, _squares(program) if squares else frozenset())
     planned.start(Program.INPUT, program.input_shape, 0)
-    read = {v for op in polynomials if op.name not in planned.squares for v in op.inputs} | {program.output}
     for op in program.ops:
-        planned.add(op, op.name in read)
+        planned.add(op)
     return planned
+
+
+def _squares(program: Program) -> frozenset[str]:
+    """The quadratics that become squares: a sum takes what is left of them."""
+    in_sums, found = set[str](), set[str]()
+    for op in reversed(program.ops):
+        if is_quadratic(op) and op.name in in_sums:
+            found.add(op.name)
+        elif isinstance(op, Polynomial) and not is_linear(op):
+            continue  # it reads the value itself
+        in_sums.update(op.inputs)
+    return frozenset(found)
