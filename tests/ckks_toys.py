@@ -7,7 +7,7 @@ from functools import partial
 
 from tightrope.runtimes.ckks import CKKS
 from tightrope.runtimes.ckks.compiler import Nodes
-from tightrope.runtimes.ckks.parameters import Parameters, insecure_test_parameters
+from tightrope.runtimes.ckks.parameters import Parameters, insecure_test_parameters, max_refresh
 from tightrope.runtimes.ckks.placement import choose_levels
 
 
@@ -19,4 +19,5 @@ class ToyCKKS(CKKS):
         offer = partial(insecure_test_parameters, log_n=self.ring, scale_bits=self.scale_bits)
         if self.bootstrap != "always":
             return offer(levels)
-        return choose_levels(nodes(1 << (self.ring - 1)), partial(offer, bootstrap=True), self.refresh_levels)
+        most, slots = max_refresh(self.scale_bits), 1 << (self.ring - 1)
+        return choose_levels(nodes(slots), partial(offer, bootstrap=True), most, self.refresh_levels)

@@ -158,7 +158,8 @@ def estimate(
 ) -> tuple[Estimate, Mapping[str, Json]]:
     """What a run of the frozen network will cost under `config`, and the settings of that prediction.
 
-    Without a `profile` times are those that the bundle's options were priced with.
+    Without a `profile` times are those that the bundle's options were priced with. Weights count where the
+    bundle has them: a runtime may refuse some. Raises what `Pricing.estimate` does.
     """
     if batch < 1:
         raise InputError("a batch needs at least one image", got=batch)
@@ -167,7 +168,8 @@ def estimate(
         profile = about.get("pricing", {}).get("profile")
     settings = {} if profile is None else {"profile": profile}
     cost: Pricing = runtime_type(runtime)(**(config or {})).pricing(**settings)
-    return cost.estimate(bundle.program(weights=False), batch), cost.settings
+    weights = (bundle.path / "program.safetensors").exists()
+    return cost.estimate(bundle.program(weights=weights), batch), cost.settings
 
 
 def _warn_of_budget(bundle: Bundle, program: Program, warn: Callable[[str], object]) -> None:

@@ -80,11 +80,29 @@ def act() -> nn.Module:
 
 
 def test_a_step_too_deep_for_any_bootstrap_is_refused() -> None:
-    deep = PolynomialActivation([[0.0, 0.5] + [1e-6] * 6] * 5, gated=True)
+    deep = PolynomialActivation([[0.0, 0.5] + [1e-6] * 6] * 7, gated=True)
     program, _ = calibrated(nn.Sequential(deep), (1, 4, 4))
     with pytest.raises(InputError, match="cannot be bootstrapped often enough") as error:
         CKKS(bootstrap="always").open(program, "simulate")
-    assert "a step that takes 16" in str(error.value)
+    assert "20 levels after a bootstrap, a step that takes 22" in str(error.value)
+
+
+def test_steps_of_16_levels_are_bootstrapped_between() -> None:
+    """Each with a layer before it and a level left: 18 after the one bootstrap between them."""
+    deep = PolynomialActivation([[0.0, 0.5] + [1e-6] * 6] * 5, gated=True)
+    layers = [part for _ in range(2) for part in (nn.Conv2d(1, 1, 1), deep)]
+    program, _ = calibrated(nn.Sequential(*layers, nn.Conv2d(1, 1, 1)), (1, 4, 4))
+    circuit = compile_program(program, CKKS(bootstrap="always").parameters)
+    assert circuit.levels == 35 and circuit.parameters.levels == 18
+    assert [step.sources for step in circuit.steps if isinstance(step, Refresh)] == [(program.ops[1].name,)]
+
+
+def test_levels_after_a_bootstrap_are_refused_where_none_is_needed() -> None:
+    program, _ = calibrated(nn.Conv2d(1, 1, 1), (1, 4, 4))
+    with pytest.raises(InputError, match="where none is needed") as error:
+        CKKS(refresh_levels=5).estimate(program)
+    assert "--bootstrap always" in str(error.value) and "N = 2^14" in str(error.value)
+    assert "bootstraps" not in CKKS().estimate(program).about
 
 
 def test_bad_choices_are_refused() -> None:

@@ -64,6 +64,10 @@ def test_an_estimate_tells_memory_and_levels(
     assert call(monkeypatch, "run", searched, *RUN, "--estimate") == 0
     shown = capsys.readouterr().out
     assert "ring degree 2^14, scale 2^40" in shown and "memory" in shown and "levels" in shown
+    assert call(monkeypatch, "run", searched, *RUN, "--estimate", "--memory-gb", "0.5") == 0
+    assert "would be refused here: 0.5 GB allowed" in capsys.readouterr().out
+    assert call(monkeypatch, "run", searched, *RUN, "--estimate", "--memory-gb", "500") == 0
+    assert "refused" not in capsys.readouterr().out
 
 
 def test_values_beyond_the_calibrated_range_are_counted_and_warned_of(
@@ -89,6 +93,7 @@ def test_values_beyond_the_calibrated_range_are_counted_and_warned_of(
         (("--mode", "dream"), "unknown mode"),
         (("--bootstrap", "sometimes"), "auto, always, never"),
         (("--refresh-levels", "40"), "refresh_levels is out of range"),
+        (("--refresh-levels", "5"), "where none is needed"),
         (("--refresh-levels", "5", "--bootstrap", "never"), "levels after a bootstrap, where there is none"),
         (("--ring", "32"), "--ring is an option of the mpc runtime"),
     ],
@@ -117,6 +122,9 @@ def test_a_quadratic_without_a_square_is_refused_and_evaluated_with_a_level_more
     polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.0]], gated=False)))
     options = ("--mode", "simulate", "--json")
     refused(monkeypatch, capsys, "run", searched, *RUN, *options, says="--no-squares")
+    refused(monkeypatch, capsys, "run", searched, *RUN, "--estimate", says="a quadratic has hardly a square")
+    assert call(monkeypatch, "run", searched, *RUN, "--estimate", "--no-squares") == 0
+    capsys.readouterr()
     assert call(monkeypatch, "run", searched, *RUN, *options, "--no-squares") == 0
     body = json.loads(capsys.readouterr().out)
     assert body["measurement"]["total"]["ckks_levels"] == 1 + 2 + 1 and body["max_abs_error"] < 1e-9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +14,10 @@ from tightrope.runtimes.ckks.parameters import (
     MAX_LOG_QP,
     Parameters,
     choose,
+    choose_bootstrapping,
     insecure_test_parameters,
     max_levels,
+    max_refresh,
 )
 
 
@@ -54,6 +58,26 @@ def test_toy_rings_say_that_they_are_insecure() -> None:
     assert toy.insecure and toy.log_n not in MAX_LOG_QP
     with pytest.raises(InputError, match="not secure"):
         Parameters(toy.log_n, toy.q_bits, toy.p_bits, toy.scale_bits)
+
+
+@pytest.mark.parametrize("options", [{"threads": 1.5}, {"log_n": 15.0}, {"threads": True}, {"port": "1"}])
+def test_whole_numbers_are_asked_for(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="must be a whole number"):
+        CKKS(**options)
+
+
+@given(st.integers(30, 50))
+def test_a_bootstrap_gives_at_most_what_the_ring_has_room_for(scale_bits: int) -> None:
+    most = max_refresh(scale_bits)
+    full, beyond = choose_bootstrapping(most, scale_bits), choose_bootstrapping(most + 1, scale_bits)
+    assert full is not None and full.levels == most and beyond is None
+    assert CKKS(scale_bits=scale_bits, refresh_levels=most).refresh_levels == most
+    with pytest.raises(InputError, match=f"0 to {most}"):
+        CKKS(scale_bits=scale_bits, refresh_levels=most + 1)
+
+
+def test_the_cap_of_the_default_scale() -> None:
+    assert max_refresh(40) == 20
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_packing import calibrated
+from torch import nn
 
 from ckks_toys import ToyCKKS
 from small_networks import images, network
 from tightrope.errors import InputError, ProtocolError
+from tightrope.nn import PolynomialActivation
 from tightrope.program import Program
-from tightrope.runtimes.ckks import lattigo
+from tightrope.runtimes.ckks import CKKS, lattigo
 from tightrope.runtimes.ckks.compiler import compile_program
+from tightrope.runtimes.ckks.cost import estimate
 from tightrope.runtimes.ckks.format import METADATA_BYTES, check_ciphertext, check_key
-from tightrope.runtimes.ckks.session import free_bytes
+from tightrope.runtimes.ckks.memory import free_bytes
 from tightrope.runtimes.ckks.simulated import MARGIN
 from tightrope.runtimes.plain import evaluate
 
@@ -95,6 +99,30 @@ def test_more_memory_than_allowed_is_refused_with_both_values(program: Program) 
     with pytest.raises(InputError, match="needs more memory than allowed") as error:
         ToyCKKS(memory_bytes=10**8).open(program)
     assert "0.1 GB" in str(error.value) and "keys of" in str(error.value)
+    assert "--bootstrap" not in str(error.value)  # nothing fits into that
+
+
+def test_bootstraps_that_fit_are_named_where_memory_is_short() -> None:
+    """19 layers and 18 squares: keys of a ring of 37 levels, or bootstraps to two."""
+    act = PolynomialActivation([[0.1, 0.5, 0.25]], gated=False)
+    layers = [part for _ in range(18) for part in (nn.Conv2d(1, 1, 1), act)]
+    program, _ = calibrated(nn.Sequential(*layers, nn.Conv2d(1, 1, 1)), (1, 2, 2))
+    deep, few = CKKS(), CKKS(bootstrap="always", refresh_levels=2)
+    needs, fits = (
+        estimate(compile_program(program, one.parameters), one.threads).memory_bytes for one in (deep, few)
+    )
+    assert fits < needs
+    between = (fits + needs) // 2
+    with pytest.raises(InputError, match="needs more memory than allowed") as error:
+        CKKS(memory_bytes=between).open(program)
+    assert f"--bootstrap always --refresh-levels 2, which takes {fits / 1e9:.3g} GB" in str(error.value)
+    with pytest.raises(InputError, match="needs more memory than allowed") as error:
+        CKKS(memory_bytes=fits - 1).open(program)
+    assert "--bootstrap" not in str(error.value)
+    assert (
+        f"refused here: {between / 1e9:.3g} GB allowed" in CKKS(memory_bytes=between).estimate(program).about
+    )
+    assert "refused" not in CKKS(memory_bytes=needs).estimate(program).about
 
 
 class Cut:

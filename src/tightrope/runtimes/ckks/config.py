@@ -16,14 +16,15 @@ from tightrope.runtimes.ckks.parameters import (
     choose,
     choose_bootstrapping,
     max_levels,
+    max_refresh,
 )
-from tightrope.runtimes.ckks.placement import MAX_REFRESH, choose_levels
+from tightrope.runtimes.ckks.placement import choose_levels
 from tightrope.runtimes.ckks.planning import OPS, alone, check, merge
 from tightrope.types import Cost, Json, Merge
 
 if TYPE_CHECKING:
-    from tightrope.runtimes.ckks.cost import Predicted
     from tightrope.runtimes.ckks.execute import CKKSSession
+    from tightrope.runtimes.ckks.predicting import Predicted
     from tightrope.runtimes.ckks.session import SimulatedSession
 
 
@@ -37,7 +38,8 @@ class CKKS:
     scale_bits: of the fixed point, and of every level: fewer leave room for more levels and less precision.
     log_n: the ring's degree as a power of two, 0 for the smallest one that is secure and has the levels.
     bootstrap: whether ciphertexts are refreshed on the way: `auto`, where no secure ring has the levels,
-    `always`, `never`. refresh_levels: levels after each, 0 for what makes them cheapest.
+    `always`, `never`. refresh_levels: levels after each, 0 for what makes them cheapest; refused where there
+    are none.
     squares: whether a quadratic between two layers takes one level instead of two, by completing the square.
     memory_bytes: what both processes together may take, 0 for four fifths of what is free; a session whose
     estimate is larger is refused. threads: images that the server works on at a time. timeout_s: how long the
@@ -45,7 +47,7 @@ class CKKS:
     also returns the result of every step, and the measurement's config says as `slots` the largest error in
     each one's, bytes counted as without; for a machine of one's own, since a client learns the weights so.
 
-    Raises InputError for a value out of range.
+    Raises InputError for a value out of range or no whole number.
     """
 
     scale_bits: int = 40
@@ -65,9 +67,13 @@ class CKKS:
     settings: ClassVar[Mapping[str, Json]] = {}
 
     def __post_init__(self) -> None:
+        for key in ("scale_bits", "log_n", "memory_bytes", "refresh_levels", "threads", "port"):
+            if type(value := getattr(self, key)) is not int:
+                raise InputError(f"{key} must be a whole number", where="CKKS", got=value)
+        choose(1, self.scale_bits, self.log_n or None)
         limits = {
             "memory_bytes": (0, 2**50),
-            "refresh_levels": (0, MAX_REFRESH),
+            "refresh_levels": (0, max_refresh(self.scale_bits)),
             "threads": (1, 64),
             "timeout_s": (0.1, 1e6),
             "port": (0, 65535),
@@ -86,17 +92,24 @@ class CKKS:
                 got=f"refresh_levels={self.refresh_levels}, bootstrap={self.bootstrap!r}",
                 fix="bootstrap='always', or no refresh_levels",
             )
-        choose(1, self.scale_bits, self.log_n or None)
 
     def parameters(self, levels: int, nodes: Nodes) -> Parameters:
         """For a program of so many levels, or for bootstraps on its nodes.
 
-        Raises InputError where no secure ring has the levels, bootstrapped or not.
+        Raises InputError where no secure ring has the levels, bootstrapped or not, and for `refresh_levels`
+        without a bootstrap.
         """
         largest = self.log_n or max(MAX_LOG_QP)
         fits = levels <= max_levels(largest, self.scale_bits)
         if self.bootstrap == "never" or (self.bootstrap == "auto" and (fits or largest < max(MAX_LOG_QP))):
-            return choose(levels, self.scale_bits, self.log_n or None)
+            chosen = choose(levels, self.scale_bits, self.log_n or None)
+            if self.refresh_levels:
+                raise InputError(
+                    "levels after a bootstrap, where none is needed",
+                    got=f"refresh_levels={self.refresh_levels}; {levels} levels, N = 2^{chosen.log_n}",
+                    fix="--bootstrap always (bootstrap='always'), or no --refresh-levels",
+                )
+            return chosen
         if largest < max(MAX_LOG_QP):
             raise InputError(
                 "this ring has no room for bootstrapping",
@@ -104,7 +117,8 @@ class CKKS:
                 allowed=f"{max(MAX_LOG_QP)}",
             )
         offer = partial(choose_bootstrapping, scale_bits=self.scale_bits)
-        return choose_levels(nodes(1 << (largest - 1)), offer, self.refresh_levels)
+        most = max_refresh(self.scale_bits)
+        return choose_levels(nodes(1 << (largest - 1)), offer, most, self.refresh_levels)
 
     def price(self, op: Op) -> Cost:
         """Of one op alone; its levels are those between two layers. How they add up among others: `merge`."""
@@ -117,7 +131,7 @@ class CKKS:
 
     def prices(self, program: Program) -> dict[str, Cost]:
         """What every op adds per sample among the others: a merged op is free, the last of a step pays."""
-        return dict(self.estimate(program).ops)
+        return dict(self.estimate(program.public()).ops)
 
     def pricing(self, **settings: Json) -> CKKS:
         """Its own. Raises InputError for any setting: prices depend on no network or machine."""
@@ -133,8 +147,13 @@ class CKKS:
         return self.estimate(program).total
 
     def estimate(self, program: Program, batch: int = 1) -> Predicted:
-        """What a batch will cost, op by op; levels of the whole follow the longest path."""
-        from tightrope.runtimes.ckks.cost import predict
+        """What a batch will cost, op by op; levels of the whole follow the longest path. `about` says too
+        whether a session here would be refused for its memory.
+
+        A program without ranges counts as within 1, its weights as 1. Raises TraceError and InputError as
+        `open` does, memory aside; what depends on weights only where the program has them.
+        """
+        from tightrope.runtimes.ckks.predicting import predict
 
         return predict(program, self, batch)
 

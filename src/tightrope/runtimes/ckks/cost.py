@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from tightrope.program import Program, base_cost
 from tightrope.runtimes.ckks import bootstrapping, lattigo
 from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Circuit, Composite, Refresh, Square, Value
-from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.diagonals import steps
 from tightrope.runtimes.ckks.format import boot_key_size, ciphertext_size, key_size
 from tightrope.runtimes.ckks.parameters import Parameters
-from tightrope.types import Cost, total
-
-if TYPE_CHECKING:
-    from tightrope.runtimes.ckks.config import CKKS
+from tightrope.types import Cost
 
 # Milliseconds on one core of the machine that `benchmarks/bench_ckks.py` names: of one number-theoretic
 # transform per N log2(N), of a row of modular products per N, of carrying a ciphertext into the library and
@@ -238,25 +233,3 @@ def op_costs(program: Program, circuit: Circuit, batch: int = 1) -> dict[str, Co
     ):
         costs[name] += Cost(online_bytes=sizes[direction])
     return costs
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What a batch will cost, by op and in all; `about`: parameters, keys and memory."""
-
-    ops: Mapping[str, Cost]
-    total: Cost
-    about: str
-
-
-def predict(program: Program, config: CKKS, batch: int = 1) -> Predicted:
-    """Counts as a run makes them, and milliseconds; value ranges are not needed."""
-    names = (Program.INPUT, *(op.name for op in program.ops))
-    ranged = replace(program.public(), ranges=dict.fromkeys(names, 1.0) | dict(program.ranges))
-    circuit = compile_program(ranged, config.parameters, config.squares)
-    costs = op_costs(program, circuit, batch)
-    times = steps_ms(circuit)
-    for step in circuit.steps:
-        costs[step.ops[-1]] += Cost(online_ms=batch * times[step.name])
-    about = str(estimate(circuit, config.threads))
-    return Predicted(costs, replace(total(costs.values()), ckks_levels=circuit.levels), about)

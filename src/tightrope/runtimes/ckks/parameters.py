@@ -157,6 +157,12 @@ def max_levels(log_n: int, scale_bits: int) -> int:
     return (MAX_LOG_QP[log_n] - base - (base + 1)) // scale_bits
 
 
+def max_refresh(scale_bits: int) -> int:
+    """How many levels a bootstrap can give in a secure ring: those that its own primes leave room for."""
+    room = MAX_LOG_QP[max(MAX_LOG_QP)] - sum(bootstrapping.PRIMES) - bootstrapping.SPECIAL_BITS
+    return (room - scale_bits - BASE_BITS) // scale_bits
+
+
 def insecure_test_parameters(
     levels: int, *, log_n: int = 12, scale_bits: int = 40, bootstrap: bool = False
 ) -> Parameters:

@@ -9,8 +9,6 @@ from tightrope.runtimes.ckks import bootstrapping
 from tightrope.runtimes.ckks.parameters import Parameters
 from tightrope.solve.levels import Assignment, Chain, Node, frontier
 
-MAX_REFRESH = 13  # levels after a bootstrap: beyond, its keys no longer fit the memory that machines have
-
 
 def place(nodes: Sequence[Node], levels: int) -> Assignment:
     """The fewest bootstraps (of ciphertexts) where each gives `levels`. Raises BudgetError where none do."""
@@ -19,9 +17,10 @@ def place(nodes: Sequence[Node], levels: int) -> Assignment:
 
 
 def choose_levels(
-    nodes: Sequence[Node], offer: Callable[[int], Parameters | None], levels: int = 0
+    nodes: Sequence[Node], offer: Callable[[int], Parameters | None], most: int, levels: int = 0
 ) -> Parameters:
-    """Parameters with `levels` after every bootstrap; 0 for what makes the bootstraps cheapest together.
+    """Parameters with `levels` after every bootstrap; 0 for what makes the bootstraps cheapest together, at
+    most `most`.
 
     `offer` gives the parameters for so many levels, or None. What a bootstrap takes is about proportional to
     its keys: fewer levels after it leave room for primes that make both smaller.
@@ -29,7 +28,7 @@ def choose_levels(
     Raises InputError where no offer suffices.
     """
     found = []
-    for refresh in (levels,) if levels else range(2, MAX_REFRESH + 1):
+    for refresh in (levels,) if levels else range(2, most + 1):
         parameters = offer(refresh)
         if parameters is None:
             continue
@@ -39,10 +38,10 @@ def choose_levels(
             continue
         found.append((count * parameters.during_bootstrap().key_bytes, refresh, parameters))
     if not found:
-        most = max(action.levels for node in nodes for action in node.actions)
+        deepest = max(action.levels for node in nodes for action in node.actions)
         raise InputError(
             "the program cannot be bootstrapped often enough",
-            got=f"{levels or MAX_REFRESH} levels after a bootstrap, a step that takes {most}",
+            got=f"{levels or most} levels after a bootstrap, a step that takes {deepest}",
             fix="activations of lower degree, a smaller scale_bits, or other refresh_levels",
         )
     return min(found, key=lambda one: one[:2])[2]

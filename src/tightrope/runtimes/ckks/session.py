@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import warnings
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 from tightrope.errors import InputError
 from tightrope.program import Program
-from tightrope.runtimes.ckks import cost
+from tightrope.runtimes.ckks import cost, memory
 from tightrope.runtimes.ckks.books import Books
 from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.compiler import compile_program
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from tightrope.runtimes.ckks.config import CKKS
 
 MODES = ("simulate", "execute")
-FREE_SHARE = 0.8
 
 
 def open_session(program: Program, config: CKKS, mode: str) -> CKKSSession | SimulatedSession:
@@ -60,34 +57,8 @@ def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSe
     print(f"ckks: {estimate}", file=sys.stderr)
     if mode == "simulate":
         return SimulatedSession(program, config, circuit)
-    free = config.memory_bytes or int(FREE_SHARE * free_bytes())
-    if estimate.memory_bytes > free:
-        raise InputError(
-            "the session needs more memory than allowed",
-            where=f"ckks, {estimate.keys} keys of {circuit.parameters.key_bytes / 1e6:.0f} MB each",
-            got=f"{estimate.memory_bytes / 1e9:.3g} GB",
-            allowed=f"{free / 1e9:.3g} GB",
-            fix="activations of fewer levels, a larger --memory-gb (memory_bytes), or for deep networks "
-            "--bootstrap always with few --refresh-levels",
-        )
+    memory.check(program, config, circuit, estimate)
     return CKKSSession(program, config, circuit)
-
-
-def free_bytes(root: Path = Path("/")) -> int:
-    """What Linux says is available, within the limit of a container; elsewhere all the memory there is."""
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    group = root / "sys/fs/cgroup"
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cache = int(stat["inactive_file"])  # given back when it is needed
-    except (OSError, ValueError, KeyError):  # no limit: the file is not there, or says "max"
-        return free
-    return max(0, min(free, limit - used + cache))
 
 
 class SimulatedSession(Books):
