@@ -34,7 +34,7 @@ from tightrope.place import model_sha256
 from tightrope.program import Program
 from tightrope.replan import pricing_of
 from tightrope.rewrite import apply, tunable
-from tightrope.runtimes import Estimate, Mode, Pricing, Runtime, runtime_type
+from tightrope.runtimes import Estimate, Mode, Pricing, Runtime, Watchable, runtime_type
 from tightrope.shard import Shard, launch
 from tightrope.types import Budget, Cost, Json, Measurement, Problem
 
@@ -313,11 +313,12 @@ def run(
     config: Mapping[str, Json] | None = None,
     mode: str = "execute",
     warn: Callable[[str], object] = warnings.warn,
+    progress: Progress = quiet,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Measurement]:
     """Execute the frozen network on (N, C, H, W); outputs of the runtime and of `plain`, and the cost.
 
     With `mode="simulate"` the runtime predicts instead, and the bundle keeps no measurement. `warn` hears
-    what the runtime warns of.
+    what the runtime warns of, `progress` how far a session is that can tell.
 
     With `config={"reveal": "label"}` the outputs of `mpc` are one-hot vectors.
 
@@ -333,6 +334,8 @@ def run(
     else:
         with chosen.open(program, cast(Mode, mode)) as session, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
+            if isinstance(session, Watchable):
+                session.watch(progress)
             outputs, measurement = session.run(x)
         for warning in told:
             warn(str(warning.message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,9 +110,11 @@ def run(
         x, labels = read_image(image, data, resize=resize).numpy(), None
     else:
         x, labels = pipeline.test_images(data, 1 if count is None else count)
-    outputs, expected, measured = pipeline.run(
-        opened, x, runtime=runtime, config=config, mode=mode or "execute", warn=view.warn
-    )
+    with view.progress() if mode == "simulate" else nullcontext(pipeline.quiet) as progress:
+        outputs, expected, measured = pipeline.run(
+            opened, x, runtime=runtime, config=config, mode=mode or "execute", warn=view.warn,
+            progress=progress,
+        )  # fmt: skip
     got, want = outputs.argmax(-1), expected.argmax(-1)
     error = None if reveal == "label" else float(np.abs(outputs - expected).max())
     table = grid("Predictions", "image", "predicted", "plain", *(() if labels is None else ("label",)))

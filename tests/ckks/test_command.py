@@ -54,6 +54,8 @@ def test_simulation_shows_parameters_first_and_keeps_no_measurement(
     assert body["predictions"] == body["plain"] and body["max_abs_error"] < 1e-9
     config = body["measurement"]["config"]
     assert config["levels_planned"] == body["measurement"]["total"]["ckks_levels"]
+    assert call(monkeypatch, "run", searched, *RUN, *options[:-1]) == 0
+    assert "simulated steps: 6 of 6" in capsys.readouterr().err  # two sums and the square between them, twice
     assert 0 < config["predicted_error"] < 1e-3
     assert len(Bundle.open(searched).measurements()) == before
 

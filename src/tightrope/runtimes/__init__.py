@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,15 @@ class Session(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class Watchable(Protocol):
+    """A session whose runs take long in this very process."""
+
+    def watch(self, progress: Callable[[str, int, int], None]) -> None:
+        """Call `progress(what, done, of)` in the course of every run from now on."""
+        ...
 
 
 class Runtime(Protocol):

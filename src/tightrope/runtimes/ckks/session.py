@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,14 @@ def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSe
 class SimulatedSession(Books):
     """The same evaluator on simulated ciphertexts: exact packing, predicted levels, noise and times."""
 
+    def __init__(self, program: Program, config: CKKS, circuit: Circuit) -> None:
+        super().__init__(program, config, circuit)
+        self._progress: Callable[[str, int, int], object] = lambda *_: None
+
+    def watch(self, progress: Callable[[str, int, int], object]) -> None:
+        """See `runtimes.Watchable`; steps of all images are counted."""
+        self._progress = progress
+
     def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
         """(N, *input_shape) -> (N, *output shape) without noise. The measurement's config holds
         `predicted_error`, which the largest error of a real run should stay below, and `beyond_range`, per
@@ -77,15 +87,18 @@ class SimulatedSession(Books):
         simulator = Simulator(self.circuit)
         level = self.circuit.values[self.circuit.input].level
         predicted = cost.steps_ms(self.circuit)
+        done, of = count(1), len(x) * len(self.circuit.steps)
         for sample in x:
             inputs = simulator.encrypt(self.packed(sample), level)
-            outcome = evaluate(self.circuit, simulator, inputs)
+            outcome = evaluate(
+                self.circuit, simulator, inputs, lambda *_: self._progress("simulated steps", next(done), of)
+            )
             outputs.append(self.unpacked([y.slots for y in outcome.outputs]))
             spent.append([replace(one, ms=predicted[one.step]) for one in outcome.spent])
             error = max(error, *(y.error for y in outcome.outputs))
-        beyond = {name: count for name, count in simulator.beyond.items() if count}
+        beyond = {name: number for name, number in simulator.beyond.items() if number}
         if beyond:
-            where = ", ".join(f"{name} ({count})" for name, count in beyond.items())
+            where = ", ".join(f"{name} ({number})" for name, number in beyond.items())
             warnings.warn(
                 f"values outside the calibrated range, where polynomials may explode: {where}", stacklevel=2
             )
