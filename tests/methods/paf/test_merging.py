@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import images, settle
-from tightrope.errors import BudgetError
+from tightrope.errors import BudgetError, BundleError
 from tightrope.graph import trace
 from tightrope.lower import lower
 from tightrope.methods.paf import PafMethod
@@ -21,7 +23,7 @@ from tightrope.runtimes.ckks import CKKS
 from tightrope.runtimes.ckks.planning import plan
 from tightrope.runtimes.plain import ranges
 from tightrope.solve.select import price, select
-from tightrope.types import Budget, Problem
+from tightrope.types import Budget, Cost, Problem, Step, Table
 
 WIDTH, SHAPE = 2, (2, 4, 4)
 
@@ -93,3 +95,28 @@ def test_no_choice_within_the_levels_loses_less(seed: int, squares: bool) -> Non
     assert runtime.exact(program).ckks_levels == best.cost.ckks_levels
     with pytest.raises(BudgetError, match=f"ckks_levels<={least} or more"):
         select(problem, Budget.parse(f"ckks_levels<={least - 1}"))
+
+
+def test_how_steps_merge_is_saved_and_checked(tmp_path: Path) -> None:
+    steps = (Step("a", ("",), 1, ("layer",)), Step("b", ("a",), 0, ("none", "square", "sum")))
+    table = Table("b", ("x", "y", "z"), np.zeros((1, 3)), {"ckks_levels": np.array([2.0, 1.0, 0.0])})
+    file = tmp_path / "problem.npz"
+    Problem((table,), Cost(), Cost(), {}, steps).save(file)
+    loaded = Problem.load(file)
+    assert loaded.path == steps
+    picked = [price(loaded, {"b": np.array([k])}).cost.ckks_levels for k in range(3)]
+    assert picked == [3, 3, 1]  # the square is made to be the output, the factor is a part of the layer
+
+    def with_path(path: list[object]) -> Problem:
+        with np.load(file) as data:
+            arrays = dict(data)
+        head = json.loads(bytes(arrays["head"])) | {"path": path}
+        np.savez(
+            tmp_path / "other.npz", **arrays | {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)}
+        )
+        return Problem.load(tmp_path / "other.npz")
+
+    older = with_path([["a", [""], 1], ["b", ["a"], 0]])  # of before ops merged: what a site takes is its own
+    assert [price(older, {"b": np.array([k])}).cost.ckks_levels for k in range(3)] == [3, 2, 1]
+    with pytest.raises(BundleError, match="damaged"):
+        with_path([["a", [""], 1, ["somehow"]], ["b", ["a"], 0]])
