@@ -318,7 +318,7 @@ def run(
     """Execute the frozen network on (N, C, H, W); outputs of the runtime and of `plain`, and the cost.
 
     With `mode="simulate"` the runtime predicts instead, and the bundle keeps no measurement. `warn` hears
-    what the runtime warns of, `progress` how far a session is that can tell.
+    what the runtime and `plain` warn of, `progress` how far a session is that can tell.
 
     With `config={"reveal": "label"}` the outputs of `mpc` are one-hot vectors.
 
@@ -328,17 +328,18 @@ def run(
     program = bundle.program()
     program.check_input(x)
     chosen: Runtime = runtime_type(runtime)(**(config or {}))
-    expected, plain = runtime_type("plain")().open(program).run(x)
-    if runtime == "plain":
-        outputs, measurement = expected, plain
-    else:
-        with chosen.open(program, cast(Mode, mode)) as session, warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            if isinstance(session, Watchable):
-                session.watch(progress)
-            outputs, measurement = session.run(x)
-        for warning in told:
-            warn(str(warning.message))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        expected, plain = runtime_type("plain")().open(program).run(x)
+        if runtime == "plain":
+            outputs, measurement = expected, plain
+        else:
+            with chosen.open(program, cast(Mode, mode)) as session:
+                if isinstance(session, Watchable):
+                    session.watch(progress)
+                outputs, measurement = session.run(x)
+    for text in dict.fromkeys(str(warning.message) for warning in told):  # of both: the same
+        warn(text)
     agreement: dict[str, Json] = {"same_class": int((outputs.argmax(-1) == expected.argmax(-1)).sum())}
     if measurement.config.get("reveal") != "label":  # a label has no error
         agreement["max_abs_error"] = float(np.abs(outputs - expected).max())

@@ -225,6 +225,12 @@ def deepest(program: Program, levels: Mapping[str, float]) -> float:
     return depth[program.output]
 
 
+def beyond_range(counts: Mapping[str, int]) -> str:
+    """The warning of a run in which so many inputs of these ops were outside their calibrated range."""
+    where = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+    return f"values outside the calibrated range, where polynomials may explode: {where}"
+
+
 def _metadata(data: bytes) -> dict[str, str]:
     """The strings in the header of safetensors, whose length its first 8 bytes give."""
     found: dict[str, str] = parse(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})

@@ -78,8 +78,13 @@ def test_values_beyond_the_calibrated_range_are_counted_and_warned_of(
     polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), largest=0.3))
     assert call(monkeypatch, "run", searched, *RUN, "--mode", "simulate", "--json") == 0
     captured = capsys.readouterr()
-    assert "warning: values outside the calibrated range" in captured.err
-    assert sum(json.loads(captured.out)["measurement"]["config"]["beyond_range"].values()) > 0
+    assert captured.err.count("warning: values outside the calibrated range") == 1
+    simulated = json.loads(captured.out)["measurement"]["config"]["beyond_range"]
+    assert sum(simulated.values()) > 0
+    assert call(monkeypatch, "run", searched, "--runtime", "plain", "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: values outside the calibrated range") == 1
+    assert json.loads(captured.out)["measurement"]["config"]["beyond_range"] == simulated
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tightrope.runtimes.ckks import CKKS
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.diagonals import steps
 from tightrope.runtimes.ckks.planning import OPS
-from tightrope.runtimes.plain import evaluate, ranges
+from tightrope.runtimes.plain import Plain, evaluate, ranges
 
 QUADRATIC = [[0.1, 0.5, 0.25]]
 
@@ -206,6 +206,37 @@ def test_values_beyond_the_calibrated_range_are_counted_and_told() -> None:
         assert sum(measured.config["beyond_range"].values()) > 0
         _, measured = session.run(x.numpy())
         assert measured.config["beyond_range"] == {}
+
+
+@pytest.mark.parametrize("slope", [0.5, -0.5, 8.0])
+@pytest.mark.parametrize("squares", [True, False])
+def test_values_beyond_the_range_of_a_square_are_counted_on_both_sides(slope: float, squares: bool) -> None:
+    """The square is of x + b / 2a, which is in its own range for many x that are not in theirs."""
+    act = PolynomialActivation([[0.1, slope, 0.25]], gated=False)
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), act, nn.Conv2d(1, 1, 1))
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+        net[0].bias.zero_()
+    program = ranges(lower(net.eval(), (1, 4, 4)), [torch.linspace(-3, 3, 16).reshape(1, 1, 4, 4)])
+    x = np.array([-3.5, -3.1, -3.0, -1.0, 0.0, 2.9, 3.0, 3.1] * 2).reshape(1, 1, 4, 4)
+    for runtime in (ToyCKKS(squares=squares), Plain()):
+        told = pytest.warns(UserWarning, match=r"outside the calibrated range.*: .* \(12\)$")
+        with runtime.open(program, "simulate") as session, told:
+            _, measured = session.run(np.concatenate([x, x]))
+        assert measured.config["beyond_range"] == {program.ops[1].name: 12}, runtime
+
+
+def test_a_run_in_the_clear_and_a_simulation_count_the_same() -> None:
+    stages = [[[0.1, 0.5, 0.25]], [[0.0, 1.0]], [[0.0, 1.2, 0.1, -0.2]]]
+    steps = [(nn.Conv2d(2, 2, 3, padding=1), PolynomialActivation(s, gated=False)) for s in stages]
+    net = nn.Sequential(*(module for pair in steps for module in pair), nn.Conv2d(2, 1, 1))
+    program, x = calibrated(settle(net), (2, 4, 4))
+    counted = []
+    for runtime in (ToyCKKS(), Plain()):
+        with runtime.open(program, "simulate") as session, pytest.warns(UserWarning):
+            counted.append(session.run(2 * x.numpy())[1].config["beyond_range"])
+    quadratic, _, cubic = (op.name for op in program.ops if op.kind == "polynomial")
+    assert counted[0] == counted[1] and set(counted[0]) == {quadratic, cubic}
 
 
 def test_what_cannot_be_executed_is_refused_by_name() -> None:

@@ -118,8 +118,13 @@ class Composite(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class Square(Step):
-    """Every slot times itself: one level."""
+    """Every slot times itself: one level.
 
+    centre, reach: per element, calibrated inputs are at most `reach` from `centre`; for a simulation alone.
+    """
+
+    centre: NDArray[np.float64]
+    reach: NDArray[np.float64]
     depth: ClassVar[int] = 1
 
 

@@ -92,7 +92,10 @@ def _nodes(planned: Plan, canvas: Canvas, slots: int) -> tuple[Node, ...]:
 def _step(step: Planned, program: Program, values: dict[str, Value]) -> AnyStep:
     level = min(values[name].level for name in step.sources)
     if isinstance(step.what, Squaring):
-        return Square(name=step.name, sources=step.sources, ops=step.ops, level=level)
+        return Square(
+            name=step.name, sources=step.sources, ops=step.ops, level=level,
+            centre=step.what.centre, reach=step.what.reach,
+        )  # fmt: skip
     if isinstance(step.what, Polynomial):
         stages = _stages(step.what, program, values[step.sources[0]], values[step.name])
         return Composite(

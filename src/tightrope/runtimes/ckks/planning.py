@@ -31,8 +31,13 @@ SMALLEST_SCALE = 2.0**-20  # of values that calibration saw as zero
 
 @dataclass(frozen=True)
 class Squaring:
-    """What is left of a quadratic when the sums before and after it have taken the rest."""
+    """What is left of a quadratic when the sums before and after it have taken the rest.
 
+    centre, reach: per element, what is squared is calibrated for values at most `reach` from `centre`.
+    """
+
+    centre: Vector
+    reach: Vector
     levels: int = 1
 
 
@@ -105,7 +110,8 @@ class Plan:
 
     def _add_square(self, op: Polynomial, inner: Sum) -> None:
         a, shift, rest, scale = _completed(op, self.program)
-        square = self._squared(op, "shifted", scaled(inner, 1 / scale, shift))
+        reach = _scale(self.program, op.inputs[0]) / scale
+        square = self._squared(op, "shifted", scaled(inner, 1 / scale, shift), Squaring(shift / scale, reach))
         self.sums[op.name] = Sum({square: sp.diags_array(a * scale**2).tocsr()}, rest)
 
     def _add_product(self, op: Mul) -> None:
@@ -120,17 +126,17 @@ class Plan:
         terms = {}
         for name, sign in (("plus", 1.0), ("minus", -1.0)):
             part = plus(x, scaled(y, np.full(size, sign), np.zeros(size)))
-            square = self._squared(op, name, part)
+            square = self._squared(op, name, part, Squaring(np.zeros(size), np.ones(size)))
             terms[square] = sp.diags_array(np.full(size, sign * math.prod(scales))).tocsr()
         self.sums[op.name] = Sum(terms, np.zeros(size))
 
-    def _squared(self, op: Op, what: str, total: Sum) -> str:
+    def _squared(self, op: Op, what: str, total: Sum, squaring: Squaring) -> str:
         """The name of the square of a sum of magnitude one."""
         root, square = f"{op.name}:{what}", f"{op.name}:{what}:square"
         depth = max(self.real[name][1] for name in total.terms) + 1
         self._emit(root, tuple(total.terms), total, depth, op.shape)
         self.pending.append(op.name)
-        self._emit(square, (root,), Squaring(), depth + 1, op.shape)
+        self._emit(square, (root,), squaring, depth + 1, op.shape)
         self.unit |= {root, square}
         return square
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightrope.errors import InputError
-from tightrope.program import Program
+from tightrope.program import Program, beyond_range
 from tightrope.runtimes.ckks import cost, memory
 from tightrope.runtimes.ckks.books import Books
 from tightrope.runtimes.ckks.circuit import Circuit
@@ -77,7 +77,7 @@ class SimulatedSession(Books):
     def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
         """(N, *input_shape) -> (N, *output shape) without noise. The measurement's config holds
         `predicted_error`, which the largest error of a real run should stay below, and `beyond_range`, per
-        polynomial the number of its inputs outside the calibrated range, of which a warning tells.
+        op that is not linear the number of its inputs outside the calibrated range; a warning tells of them.
 
         Raises InputError for an input of another shape or not finite.
         """
@@ -98,10 +98,7 @@ class SimulatedSession(Books):
             error = max(error, *(y.error for y in outcome.outputs))
         beyond = {name: number for name, number in simulator.beyond.items() if number}
         if beyond:
-            where = ", ".join(f"{name} ({number})" for name, number in beyond.items())
-            warnings.warn(
-                f"values outside the calibrated range, where polynomials may explode: {where}", stacklevel=2
-            )
+            warnings.warn(beyond_range(beyond), stacklevel=2)
         elapsed = sum(one.ms for sample in spent for one in sample)
         memory = cost.estimate(self.circuit, self.config.threads).memory_bytes
         error *= self.circuit.values[self.circuit.output].scale

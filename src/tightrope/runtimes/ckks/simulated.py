@@ -30,7 +30,7 @@ DRAWS = 4
 # Of a predicted error over the largest of the draws: other keys and inputs draw others, and what bootstraps
 # leave is not independent in all slots. Measured errors were 0.3 to 6 times the largest draw.
 MARGIN = 8.0
-BEYOND = 1.0 + 1e-9  # calibrated ranges are where the values reach 1
+EDGE = 1e-9  # of a calibrated range, which packed values reach but for rounding
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _drift(parameters: Parameters) -> float:
 
 
 class Simulator:
-    """A `Backend`. `beyond` counts, per polynomial, the values outside its calibrated range."""
+    """A `Backend`. `beyond` counts, per op that is not linear, its inputs outside their calibrated range."""
 
     def __init__(self, circuit: Circuit) -> None:
         self._parameters = circuit.parameters
@@ -139,11 +139,11 @@ class Simulator:
                 noise = x.slots * noise + y * x.noise + self._drawn(self._rounding)
                 y = x.slots * y
             made.append(Simulated(y, level, noise))
-        self._count(step, inputs)
+        self._count(step, inputs, 0.0, 1.0)
         return made
 
     def square(self, step: Square, inputs: Sequence[Simulated]) -> list[Simulated]:
-        self._count(step, inputs)
+        self._count(step, inputs, step.centre, step.reach)
         made = []
         for x in inputs:
             noise = 2 * x.slots * x.noise + self._drawn(self._rounding)
@@ -160,9 +160,16 @@ class Simulator:
             made.append(Simulated(slots, self._parameters.levels, noise))
         return made
 
-    def _count(self, step: Composite | Square, inputs: Sequence[Simulated]) -> None:
-        values = self._values[step.sources[0]].layout.unpack(np.stack([x.slots for x in inputs]))
-        self.beyond[step.name] = self.beyond.get(step.name, 0) + int((np.abs(values) > BEYOND).sum())
+    def _count(
+        self,
+        step: Composite | Square,
+        inputs: Sequence[Simulated],
+        centre: NDArray[np.float64] | float,
+        reach: NDArray[np.float64] | float,
+    ) -> None:
+        values = self._values[step.sources[0]].layout.unpack(np.stack([x.slots for x in inputs])).reshape(-1)
+        inside, op = np.abs(values - centre) <= reach + EDGE, step.ops[-1]
+        self.beyond[op] = self.beyond.get(op, 0) + int((~inside).sum())
 
     def _spend(self, step: str, level: int, levels: int) -> int:
         if level < levels:

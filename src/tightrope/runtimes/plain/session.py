@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -39,11 +40,13 @@ from tightrope.program import (
     Silu,
     Upsample,
     base_cost,
+    beyond_range,
     deepest,
 )  # fmt: skip
 from tightrope.types import Cost, Json, Measurement, OpTrace, total
 
 Weights = list[Tensor]
+EDGE = 1e-9  # of a calibrated range, which other batches reach but for rounding
 NO_TIME = "the plain runtime sends nothing and predicts no time"
 
 
@@ -78,6 +81,10 @@ def _relu(op: Any, w: Weights, x: Tensor) -> Tensor:
 def _polynomial(op: Any, w: Weights, x: Tensor) -> Tensor:
     y = composite(w, x)[-1]
     return x * y if op.gated else y
+
+
+def _explodes(op: Op) -> bool:
+    return isinstance(op, Polynomial) and (op.gated or op.stages != (1,))
 
 
 def _avg_pool(op: Any, w: Weights, x: Tensor) -> Tensor:
@@ -217,19 +224,37 @@ class PlainSession:
     program: Program
 
     def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
-        """(N, *input_shape) -> (N, *output shape) and what each op took."""
+        """(N, *input_shape) -> (N, *output shape) and what each op took. The measurement's config holds
+        `beyond_range`, per polynomial that is not linear the number of its inputs outside their calibrated
+        range; a warning tells of them.
+        """
         self.program.check_input(x)
         traces: list[OpTrace] = []
+        beyond: dict[str, int] = {}
+
+        def count(name: str, value: Tensor) -> None:
+            readers = [op for op in self.program.ops if _explodes(op) and name in op.inputs]
+            if readers and name in self.program.ranges:
+                inside = value.abs() <= self.program.ranges[name] * (1 + EDGE)
+                if outside := int((~inside).sum()):
+                    beyond.update((op.name, outside) for op in readers)
 
         def seen(op: Op, value: Tensor, ms: float) -> None:
             base = base_cost(op)
             cost = replace(base.scaled(len(x)), weights=base.weights, ckks_levels=base.ckks_levels)
             traces.append(OpTrace(op.name, op.kind, cost + Cost(online_ms=ms)))
+            count(op.name, value)
 
-        y = evaluate(self.program, torch.from_numpy(np.array(x, dtype=np.float64, order="C")), seen)
+        inputs = torch.from_numpy(np.array(x, dtype=np.float64, order="C"))
+        count(Program.INPUT, inputs)
+        y = evaluate(self.program, inputs, seen)
+        if beyond:
+            warnings.warn(beyond_range(beyond), stacklevel=2)
         levels = deepest(self.program, {t.op: t.cost.ckks_levels for t in traces})
         cost = replace(total(t.cost for t in traces), ckks_levels=levels)
-        return y.numpy(), Measurement(runtime="plain", batch=len(x), ops=tuple(traces), total=cost)
+        return y.numpy(), Measurement(
+            runtime="plain", batch=len(x), ops=tuple(traces), total=cost, config={"beyond_range": beyond}
+        )
 
     def __enter__(self) -> PlainSession:
         return self
