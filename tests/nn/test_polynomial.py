@@ -16,6 +16,7 @@ from torch import nn
 from tightrope.errors import BundleError, InputError, TraceError
 from tightrope.graph import trace
 from tightrope.lower import lower
+from tightrope.methods.paf.library import names, paf
 from tightrope.nn import PolynomialActivation
 from tightrope.ops import Polynomial, base_cost
 from tightrope.program import Program, deepest
@@ -154,8 +155,44 @@ def test_secure_polynomials_equal_plain_whatever_their_scale(stages, gated, scal
 
 
 def test_a_power_without_room_in_the_ring_is_refused_with_a_remedy():
-    deep = program([[0.0] * 27 + [1.0]], gated=False)
+    deep, narrow = program([[0.0] * 13 + [1.0]], gated=False), MPC(ring_bits=32, weight_bits=8)
     with pytest.raises(InputError, match="overflow") as error:
-        compile_program(deep, MPC())
-    assert "where:   1\n" in str(error.value) and "margin" in str(error.value)
-    compile_program(deep, MPC(margin=1.25))
+        compile_program(deep, replace(narrow, fraction_bits=15))
+    assert "where:   1\n" in str(error.value) and "MPC(fraction_bits=14)" in str(error.value)
+    compile_program(deep, replace(narrow, fraction_bits=14))
+
+
+@pytest.mark.parametrize("margin", [1.0, 1.25, 4.0])
+@pytest.mark.parametrize("ratio", [0.55, 0.8, 1.0])
+def test_a_high_power_has_its_least_margin(margin, ratio):
+    """x^13 of a value at that margin, in its range of `ratio` to a power of two, does not wrap."""
+    stages = [[0.0] * 13 + [1.0]]
+    deep = ranges(
+        lower(nn.Sequential(PolynomialActivation(stages, gated=False)).eval(), (1, 1, 2)),
+        [torch.full((1, 1, 1, 2), ratio)],
+    )
+    config = MPC(noise_bits=0, margin=margin, input_margin=1.25)
+    x = np.array([1.0, -1.0]).reshape(1, 1, 1, 2) * ratio * min(margin, 1.25) * (1 - 1e-6)
+    got = oracle.evaluate(deep, compile_program(deep, config), x)
+    assert np.abs(got - x**13).max() < 2**-13 * max(1.0, np.abs(x**13).max())
+
+
+@pytest.mark.parametrize("scale", [0.25, 5.7])
+@pytest.mark.parametrize("name", [name for name in names() if paf(name).gated and name != "15,15,27"])
+def test_every_composite_that_is_not_refused_has_its_digits(name, scale):
+    net = nn.Sequential(PolynomialActivation.relu(paf(name).stages, scale=scale)).eval()
+    x = scale * torch.linspace(-1, 1, 256).double().reshape(1, 1, 16, 16)
+    lowered = ranges(lower(net, (1, 16, 16)), [x])
+    got = oracle.evaluate(lowered, compile_program(lowered, MPC(noise_bits=0)), x.numpy())
+    assert np.abs(got - evaluate(lowered, x).numpy()).max() < 2**-10 * scale
+
+
+def test_a_composite_without_digits_is_refused_with_a_remedy_and_has_no_price():
+    lowered = program(paf("15,15,27").stages, gated=True)
+    for refuse in (lambda: compile_program(lowered, MPC()), lambda: MPC().price(lowered.op("1"))):
+        with pytest.raises(TraceError, match="not the digits") as error:
+            refuse()
+        assert "degrees up to 13" in str(error.value) and "15, 15, 27" in str(error.value)
+    shallow = program(paf("7,7,13").stages, gated=True)
+    compile_program(shallow, MPC())
+    assert MPC().price(shallow.op("1")).online_bytes > 0

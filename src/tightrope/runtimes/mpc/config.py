@@ -45,8 +45,9 @@ class MPC:
     ring_bits: 64, or 32 for half of the bytes and little precision (`widths.fit` finds what fits).
     fraction_bits: of activations; weight_bits: fractional bits of weights; a layer's result has both until
     it is truncated. margin: how far beyond its calibrated range a value may go before the ring or the
-    comparison could overflow; input_margin: how far beyond its own an input may be, at most `margin`, else it
-    is refused, because it uses up the margin of all that follows. noise_bits: the server adds fresh uniform
+    comparison could overflow, of polynomials of high degree less, 1.25 times at least; input_margin: how far
+    beyond its own an input may be, at most `margin`, else it is refused, because it uses up the margin of all
+    that follows. noise_bits: the server adds fresh uniform
     noise below 2^-noise_bits to what it reveals, which hides the truncation carries from the client; 0 for
     none. trim_bits: how many of the fraction_bits the comparisons ignore: smaller keys, but a gate may stay
     shut up to 2^(trim_bits - fraction_bits) above its threshold (`sign_flips` measures how often). reveal:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tightrope.program import Conv2d, Linear, Op, Program, Relu, base_cost
+from tightrope.program import Conv2d, Linear, Op, Polynomial, Program, Relu, base_cost
 from tightrope.runtimes.mpc.alone import RULED, TYPICAL_RANGE, by_rule, usual_wire
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.frame import HEADER_BYTES
+from tightrope.runtimes.mpc.polynomial import check_degrees
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
 from tightrope.runtimes.mpc.steps import (
     UNIT_BITS,
@@ -125,8 +126,11 @@ def price(op: Op, config: MPC) -> Cost:
     ReLU, which truncates it, identity channels included. The width of comparisons, so only offline bytes, is
     guessed from an activation range of 8. A ReLU has two rounds; a network has up to two more for its first
     opening and its result, and two where a layer reads a layer. An op that this runtime cannot execute has
-    the DReLUs, MACs and weights that every runtime would count, and no communication.
+    the DReLUs, MACs and weights that every runtime would count, and no communication. But raises TraceError
+    for a polynomial that it has not the digits for, which would seem the cheapest of all.
     """
+    if isinstance(op, Polynomial):
+        check_degrees(op)
     return _price(op, steps_alone(op, config))
 
 

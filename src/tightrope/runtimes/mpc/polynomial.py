@@ -2,7 +2,13 @@
 
 A stage works on z = x / 2^k, where 2^k is the power of two above the calibrated range of x, truncated to
 `fraction_bits`: whatever the scale of the network, |z| <= 1 has all the bits. Sums of terms wrap harmlessly;
-what must fit the ring is each power within the margin, and the result.
+what must fit the ring is each power within the margin, and the result. High powers have no room for a wide
+margin, and no use for it: where x is 4 times its range, x^13 is 2^26 times as large, and the result beyond
+any margin of its own. So a stage takes of the margin what its highest power has room for, `LEAST_MARGIN` or
+more.
+
+The coefficients of powers grow with the degree, and what truncation leaves of z^n counts so many times: of
+the minimax composites, 7,7,13 is off by 2^-11 of its range, and 15,15,27 by more than its result.
 """
 
 from __future__ import annotations
@@ -10,14 +16,33 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from tightrope.errors import InputError, TraceError
 from tightrope.program import Add, Polynomial
 from tightrope.runtimes.mpc.compiler import Compiler, normal
 from tightrope.runtimes.mpc.steps import Multiply, Product, Truncate, Wire
 from tightrope.runtimes.mpc.terms import Term
 
+MAX_DEGREE = 13  # of a stage
+LEAST_MARGIN = 1.25  # of the values that a power is taken of
+
+
+def check_degrees(op: Polynomial) -> None:
+    """Raise TraceError for a stage whose powers have too few digits."""
+    if max(op.stages) > MAX_DEGREE:
+        raise TraceError(
+            "the mpc runtime has not the digits for powers of this degree",
+            where=op.name,
+            got=f"stages of degree {', '.join(map(str, op.stages))}",
+            allowed=f"degrees up to {MAX_DEGREE}",
+            fix="a composite of lower degrees, or --runtime ckks",
+        )
+
 
 def polynomial(c: Compiler, op: Polynomial, inputs: list[Wire]) -> Wire:
-    """Raises InputError where a power of the value in the margin, or the result, does not fit the ring."""
+    """Raises InputError where a power of the value in its least margin, or the result, does not fit the ring,
+    and what `check_degrees` does.
+    """
+    check_degrees(op)
     gate, unit = _unit(c, op, inputs[0], 0)
     z, wire = gate, inputs[0]
     for stage, degree in enumerate(op.stages):
@@ -58,7 +83,7 @@ def _unit(c: Compiler, op: Polynomial, wire: Wire, stage: int) -> tuple[Wire, in
 
 def _stage(c: Compiler, op: Polynomial, z: Wire, unit: int, stage: int, degree: int, name: str) -> Wire:
     """The wire `name`: the sum of the terms of one stage."""
-    powers = {1: z}
+    powers = {1: _within(c, op, z, degree)}
     for n in range(2, degree + 1):
         left, right = (_short(c, powers[part], op.name) for part in (n - n // 2, n // 2))
         powers[n] = _product(c, op, left, right, f"{op.name}:power{stage}.{n}")
@@ -74,6 +99,24 @@ def _stage(c: Compiler, op: Polynomial, z: Wire, unit: int, stage: int, degree: 
     total = replace(total, limit=limit)
     c.check(total, op.name)
     return total
+
+
+def _within(c: Compiler, op: Polynomial, z: Wire, degree: int) -> Wire:
+    """z with so much of its margin as z^degree has room for, a product of two powers of `fraction_bits`."""
+    f = c.config.fraction_bits
+    rounded = 0 if z.mu == 1 else 2  # bits by which the multipliers of both powers may come short of 1
+    inside, least = z.limit / c.config.margin, min(c.config.margin, LEAST_MARGIN)
+    room = 2.0 ** ((c.headroom_bits - rounded - 2 * f) / degree) * (1 - 1e-9)
+    if degree > 1 and room < least * inside:
+        spare = c.headroom_bits - rounded - degree * math.log2(least * inside / (1 - 1e-9))
+        raise InputError(
+            "powers of this op could overflow the ring",
+            where=op.name,
+            got=f"degree {degree} at {f} fractional bits",
+            allowed=f"{math.floor(spare / 2)} fractional bits, or a lower degree",
+            fix=f"MPC(fraction_bits={math.floor(spare / 2)}), or in a search --set polynomials='degree *'",
+        )
+    return replace(z, limit=min(z.limit, room)) if degree > 1 else z
 
 
 def _short(c: Compiler, wire: Wire, op: str) -> Wire:
