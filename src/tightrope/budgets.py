@@ -27,7 +27,8 @@ def curve(
 ) -> list[dict[str, Json]]:
     """Solve the saved problem for many budgets; validation accuracy of each without any training.
 
-    Batch-norm statistics are re-estimated on training images first, for every plan and control alike.
+    Batch-norm statistics are re-estimated on training images first, for every plan and control alike. Costs
+    are in the quantities that options are priced in.
 
     At every third budget the method's controls are measured too. Raises InputError for less than one point,
     or less than one image (`limit`).
@@ -53,7 +54,7 @@ def curve(
         best = select(problem, budget)
         entry: dict[str, Json] = {
             "share": float(share),
-            "cost": best.cost.as_dict(),
+            "cost": best.cost.only(problem.priced).as_dict(),
             "loss": best.loss,
             "bound": best.bound,
         }
@@ -61,7 +62,7 @@ def curve(
         if k % 3 == 0:
             for name, picked in method.controls(problem, budget).items():
                 entry["accuracy"][name] = score(picked)
-                entry[name] = price(problem, picked).cost.as_dict()
+                entry[name] = price(problem, picked).cost.only(problem.priced).as_dict()
         rows.append(entry)
         progress("accuracy against budget", k + 1, points)
     write_json(bundle.path / "curve.json", rows)

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
 
 from tightrope.data import Data
-from tightrope.errors import InputError, TraceError
+from tightrope.errors import BudgetError, InputError, TraceError
 from tightrope.graph import Graph
 from tightrope.lower import lower
-from tightrope.methods import Method
+from tightrope.methods import Method, Trial
 from tightrope.place import place
 from tightrope.program import Program
 from tightrope.runtimes import Pricing
 from tightrope.runtimes.plain import ranges
 from tightrope.solve.exact import Picked, anchored, check, fit
-from tightrope.solve.select import price, select
+from tightrope.solve.select import price, quantities, select
 from tightrope.types import Budget, Cost, Json, Plan, Problem
 
 CALIBRATION = 512  # images behind the value ranges of a Program
+WHO = {  # prices its options in a quantity, on the command line
+    "drelus": "--method block_relu",
+    "ckks_levels": "--method paf --runtime ckks",
+    "online_bytes": "--runtime mpc",
+    "offline_bytes": "--runtime mpc",
+    "online_ms": "--runtime mpc",
+    "offline_ms": "--runtime mpc",
+    "weights": "--method reengineer",
+    "macs": "--method reengineer",
+}
 
 
 def freeze(model: nn.Module, data: Data) -> Program:
@@ -62,6 +72,19 @@ class Chooser:
         """The problem whose baseline is exact."""
         return problem if unchanged is None else anchored(problem, unchanged, self.pricing.approximate)
 
+    def priced(self, problem: Problem) -> None:
+        """Raise BudgetError if the budget limits a quantity in which the options are not priced."""
+        known = quantities(problem)
+        for limit in self.budget.limits:
+            if problem.tables and limit.metric not in known:
+                raise BudgetError(
+                    "no option is priced in this quantity",
+                    where=f"method {self.method.name}",
+                    got=str(limit),
+                    allowed=", ".join(known) or "nothing",
+                    fix=WHO.get(limit.metric),
+                )
+
     def check(self, problem: Problem) -> None:
         """Raise BudgetError if no choice meets the budget, whatever the losses."""
         if self.needs_exact:
@@ -74,12 +97,13 @@ class Chooser:
     ) -> Plan:
         """The best plan. With `exact` its predicted costs are exact, whatever the budget limits; they always
         are in the quantity that it limits. The bound is then on the losses of the choices whose prices add up
-        to no more than the limit that led to this one.
+        to no more than the limit that led to this one. A method that tries its choice (`Trial`) does so too.
 
         Raises BudgetError when no choice meets the budget, InputError when values of the rewritten network
         do not fit the runtime, TraceError when the budget needs exact costs of an op that it has not.
         """
         notes: tuple[str, ...] = ()
+        tried: tuple[str, ...] = ()
         if self.needs_exact:
             found = fit(problem, self.budget, lambda picked: self._cost(problem, picked))
             selection = found.selection
@@ -97,21 +121,21 @@ class Chooser:
                     notes = ("the runtime cannot execute every op: costs other than DReLUs leave those out",)
                 else:
                     selection = replace(selection, cost=self._known(selection.cost, spent))
-        # rounds, say, do not add up over options: costs of a plan are what its options are priced in
-        priced = {metric for table in problem.tables for metric in table.cost}
+        if exact and isinstance(self.method, Trial):
+            tried = self.method.trial(self._rewritten(problem, selection.picked), self._opened[1])
         return Plan(
             method=self.method.name,
             config=problem.meta["config"],
             budget=str(self.budget),
             choices=self.method.choices(problem, selection.picked),
-            predicted=_only(priced, selection.cost),
-            baseline=_only(priced, problem.baseline),
+            predicted=selection.cost.only(problem.priced),
+            baseline=problem.baseline.only(problem.priced),
             loss=selection.loss,
             bound=selection.bound,
             base=base,
             base_sha256=base_sha256,
             input_shape=input_shape,
-            notes=(*self.method.notes(problem, selection.picked), *notes),
+            notes=(*self.method.notes(problem, selection.picked), *tried, *notes),
         )
 
     def _placed(self, choices: Mapping[str, Json]) -> nn.Module:
@@ -135,10 +159,6 @@ class Chooser:
 
     def _known(self, summed: Cost, exact: Cost) -> Cost:
         return replace(summed, **{m: getattr(exact, m) for m in self.pricing.approximate})
-
-
-def _only(metrics: Collection[str], cost: Cost) -> Cost:
-    return Cost(**{metric: getattr(cost, metric) for metric in metrics})
 
 
 def exact_cost(pricing: Pricing, program: Program) -> Cost:

@@ -103,6 +103,7 @@ def search(
         cost=cost,
         workdir=out / DISTORTION,
         progress=progress,
+        priced=chooser.priced,
         feasible=feasible,
         shard=shard,
     )

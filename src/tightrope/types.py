@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -46,6 +46,9 @@ class Cost:
 
     def scaled(self, factor: float) -> Cost:
         return Cost(**{k: getattr(self, k) * factor for k in METRICS})
+
+    def only(self, metrics: Collection[str]) -> Cost:
+        return Cost(**{k: getattr(self, k) for k in metrics})
 
     def as_dict(self) -> dict[str, float]:
         """Only what is not zero; whole numbers as int."""
@@ -205,6 +208,11 @@ class Problem:
     baseline: Cost  # the unchanged network, `fixed` included
     meta: Mapping[str, Json] = field(default_factory=dict)
     path: tuple[Step, ...] = ()
+
+    @property
+    def priced(self) -> frozenset[str]:
+        """The quantities in which options have prices: others, as rounds, say nothing of a choice."""
+        return frozenset(metric for table in self.tables for metric in table.cost)
 
     def save(self, path: Path) -> None:
         arrays: dict[str, NDArray[Any]] = {}

@@ -80,12 +80,14 @@ class Method(Protocol):
         cost: CostModel,
         workdir: Path | None,
         progress: Progress,
+        priced: Callable[[Problem], object] = ...,
         feasible: Callable[[Problem], object] = ...,
         shard: Shard = ...,
     ) -> Problem:
         """Every option of every site with its predicted loss and cost; `shard` is this process's part.
 
-        `feasible` gets the problem with all losses 0 before the long work, to refuse a budget early. Its
+        `priced` gets the problem with all losses 0 first of all, to refuse a budget in another quantity, and
+        `feasible` before the long work, to refuse one that cannot be met. Its
         `meta["prepared"]` are choices that are made beforehand, whatever the budget.
         """
         ...
@@ -130,6 +132,15 @@ class Remeasures(Protocol):
         shard: Shard = ...,
     ) -> Problem:
         """`problem` with losses measured in `tuned`, `graph`'s network rewritten and fine-tuned."""
+        ...
+
+
+@runtime_checkable
+class Trial(Protocol):
+    """A method that tries what it chose on validation images, before any training."""
+
+    def trial(self, model: nn.Module, data: Data) -> tuple[str, ...]:
+        """What a reader of the plan should know of `model`, the rewritten network, which may be changed."""
         ...
 
 

@@ -129,12 +129,12 @@ def origin(plan: Plan) -> list[tuple[str, str]]:
 def provenance(facts: Facts) -> list[tuple[str, str]]:
     """Name and value of everything that went into the bundle."""
     about, plan, run = facts.about, facts.plan, facts.run
-    prepared = "; ".join(plan.notes) or "none: the network was taken as it came"
+    notes = "; ".join(plan.notes) or "none: the network was taken as it came"
     return [
         *origin(plan),
         ("data", str(about.get("data", "not recorded"))),
         ("budget", plan.budget),
-        ("preparation", prepared),
+        ("notes of the plan", notes),
         ("method", f"{plan.method}: {settings(plan.config)}"),
         ("costs priced by", _priced_by(about)),
         ("fine-tuning", settings(facts.accuracy.get("recipe", {})) or "none recorded"),

@@ -56,15 +56,18 @@ def the_limit(problem: Problem, budget: Budget) -> tuple[str, float]:
         raise BudgetError(
             "this method takes exactly one limit", got=str(budget), fix="--budget 'drelus<=12%'"
         )
-    metric = budget.limits[0].metric
-    limit = budget.resolve(problem.baseline)[metric]
-    priced = [t for t in problem.tables if metric in t.cost]
-    if len(priced) < len(problem.tables) or not priced:
-        known = sorted(set.intersection(*(set(t.cost) for t in problem.tables))) if problem.tables else []
+    metric, known = budget.limits[0].metric, quantities(problem)
+    if metric not in known:
         raise BudgetError(
             "no option is priced in this quantity", got=metric, allowed=", ".join(known) or "nothing"
         )
-    return metric, limit
+    return metric, budget.resolve(problem.baseline)[metric]
+
+
+def quantities(problem: Problem) -> tuple[str, ...]:
+    """What a budget may limit: in what every site's options are priced, and not all of them at nothing."""
+    every = set.intersection(*(set(t.cost) for t in problem.tables)) if problem.tables else set[str]()
+    return tuple(sorted(m for m in every if any(t.cost[m].any() for t in problem.tables)))
 
 
 def infeasible(problem: Problem, budget: Budget, least: float) -> BudgetError:

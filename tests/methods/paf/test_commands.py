@@ -11,6 +11,7 @@ import pytest
 
 from commands import call, refused
 from tightrope.bundle import Bundle
+from tightrope.methods.paf import method
 
 FEW = ("--samples", "32", "--set", "polynomials=degree *;f1 g2", "--runtime", "plain")
 
@@ -29,6 +30,9 @@ def test_the_plan_is_within_the_budget_and_runs(chosen, tmp_path, monkeypatch, c
     bundle = Bundle.open(chosen)
     plan, program = bundle.plan(), bundle.program()
     assert plan.predicted.ckks_levels <= 18 and plan.gap == 0
+    accuracies, beyond = plan.notes
+    assert "static scales (SS)" in accuracies and "of each batch of 64 (DS)" in accuracies
+    assert " inputs of polynomials lie" in beyond and "static scale there" in beyond
     assert {op.kind for op in program.ops} >= {"polynomial"} and "relu" not in {op.kind for op in program.ops}
     capsys.readouterr()
     assert call(monkeypatch, "run", chosen, "--runtime", "plain", "--count", "2", "--json") == 0
@@ -44,6 +48,7 @@ def test_the_report_draws_every_polynomial(chosen, monkeypatch, capsys):
     assert call(monkeypatch, "curve", chosen, "--points", "2", "--limit", "50", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["curve"]
     assert {"tightrope", "uniform", "random", "degree 1"} <= set().union(*(row["accuracy"] for row in rows))
+    assert all(set(row["cost"]) == set(row["uniform"]) == {"ckks_levels"} for row in rows[:1])
     assert call(monkeypatch, "report", chosen) == 0
     page = (chosen / "report.html").read_text()
     bundle = Bundle.open(chosen)
@@ -85,4 +90,33 @@ def test_a_budget_below_the_cheapest_polynomials_says_what_is_possible(tmp_path,
     args = ("search", "--method", "paf", "--out", tmp_path / "b", *FEW)
     refused(monkeypatch, capsys, *args, "--budget", "ckks_levels<=6", says="ckks_levels<=7 or more")
     refused(monkeypatch, capsys, *args, "--budget", "rounds<=3", says="no option is priced")
+    assert not (tmp_path / "b" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "budget", "known", "remedy"),
+    [
+        (("--method", "paf"), "drelus<=0", "ckks_levels", "--method block_relu"),
+        (("--method", "paf"), "online_bytes<=50%", "ckks_levels", "--runtime mpc"),
+        (("--method", "paf"), "macs<=50%", "ckks_levels", "--method reengineer"),
+        (
+            ("--method", "paf", "--runtime", "mpc"),
+            "ckks_levels<=9",
+            "offline_bytes, offline_ms, online_bytes, online_ms",
+            "--method paf --runtime ckks",
+        ),
+        (
+            ("--method", "block_relu"),
+            "ckks_levels<=9",
+            "drelus, offline_bytes, offline_ms, online_bytes, online_ms",
+            "--method paf --runtime ckks",
+        ),
+    ],
+)
+def test_a_budget_in_another_quantity_is_refused_at_once(
+    args, budget, known, remedy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(method, "histograms", None)  # the first work
+    says = f"allowed: {known}\n  try:     {remedy}\n"
+    refused(monkeypatch, capsys, "search", *args, "--budget", budget, "--out", tmp_path / "b", says=says)
     assert not (tmp_path / "b" / "plan.json").exists()

@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from networks import Chain, Concat, TinyResNet, conv, images, mobile, plan_for, settle
-from tightrope.errors import BudgetError, BundleError, InputError
+from networks import Chain, Concat, Images, TinyResNet, conv, images, mobile, plan_for, settle
+from tightrope.errors import BudgetError, BundleError, InputError, TraceError
 from tightrope.graph import trace
 from tightrope.lower import lower
 from tightrope.methods.paf import PafMethod
 from tightrope.methods.paf.controls import controls
 from tightrope.methods.paf.library import names
 from tightrope.methods.paf.options import TARGETS, fit, matching
+from tightrope.methods.paf.scales import compare
 from tightrope.methods.paf.sites import histograms
 from tightrope.methods.paf.tuning import Histogram
+from tightrope.nn import PolynomialActivation
 from tightrope.place import place
 from tightrope.rewrite import apply
 from tightrope.runtimes.ckks import CKKS
@@ -130,6 +132,25 @@ def test_under_mpc_bytes_are_priced_and_levels_are_not(trained):
         select(problem, Budget.parse("ckks_levels<=20"))
 
 
+def test_under_mpc_what_it_refuses_is_not_offered_and_the_rest_runs(trained):
+    net, data = trained
+    graph, pricing = trace(net, (1, 14, 14)), MPC().pricing()
+    method = PafMethod(**FEW | {"polynomials": "degree 3;7,7,13;15,15,27"})
+    problem = method.measure(graph, data, cost=pricing, workdir=None, progress=lambda *_: None)
+    assert {t.labels for t in problem.tables} == {("7,7,13", "degree 3")}
+    dearest = {t.site: np.array([0]) for t in problem.tables}
+    rewritten = place(graph, method.choices(problem, dearest), method.rewrite).module
+    program = ranges(lower(rewritten, (1, 14, 14)), [data.x[:64]])
+    assert pricing.exact(program).online_bytes > problem.baseline.online_bytes
+    with MPC().open(program, "simulate") as session:
+        got, _ = session.run(data.x[:4].numpy())
+    expected = evaluate(program, data.x[:4]).numpy()
+    assert np.abs(got - expected).max() < 2**-6 * np.abs(expected).max()
+    with pytest.raises(TraceError, match="not the digits"):
+        only = replace(method, polynomials="15,15,27")
+        only.measure(graph, data, cost=pricing, workdir=None, progress=lambda *_: None)
+
+
 def test_a_loss_is_the_change_of_the_outputs_with_one_site_replaced(trained):
     net, data = trained
     method = PafMethod(**FEW)
@@ -142,6 +163,23 @@ def test_a_loss_is_the_change_of_the_outputs_with_one_site_replaced(trained):
     with torch.no_grad():
         expected = (alone(x) - net(x)).square().mean(1).mean()
     assert table.loss[0, 0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_scales_are_tried_on_images_that_did_not_set_them():
+    """u - 0.4 u^2 is negative from 2.5 scales on; of a batch the largest input is one scale."""
+    act = PolynomialActivation([[0.0, 1.0, -0.4]], gated=False, scale=1.5)
+    net = nn.Sequential(nn.Flatten(), act, nn.Linear(1, 2, bias=False))
+    with torch.no_grad():
+        net[-1].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    x = torch.tensor([0.5, 0.5, 2.0, 9.0]).reshape(4, 1, 1, 1)
+    data = Images(x, torch.zeros(4, dtype=torch.long))
+    accuracies, beyond = compare(net, data, 2)
+    assert "of 4 validation images" in accuracies
+    assert "75.0% are right with the plan's static scales" in accuracies
+    assert "100.0% with those of each batch of 2" in accuracies
+    assert beyond.startswith("2 of 4 inputs") and "at 1 of 1 sites, most at 1 (2)" in beyond
+    few = Images(x[:2], data.y[:2])
+    assert compare(net, few, 2)[1].startswith("none of 2 inputs")
 
 
 def test_histograms_count_every_input_of_every_site():

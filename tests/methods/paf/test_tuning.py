@@ -95,11 +95,10 @@ def test_the_jacobian_is_the_derivative():
         assert np.allclose(got[:, k], (high - low) / 2e-6, rtol=1e-4, atol=1e-5)
 
 
-def test_a_histogram_knows_its_range_and_what_is_beyond_a_scale():
+def test_a_histogram_knows_its_range():
     histogram = Histogram.of(np.array([-4.0, -1.0, 0.5, 3.0]), bins=80)
     assert histogram.limit == 4.0 and histogram.counts.sum() == 4
     assert histogram.lowest == -4.0
-    assert histogram.beyond(3.5) == 0.25 and histogram.beyond(4.0) == 0
     assert Histogram.of(np.zeros(3)).limit == 1.0
     with pytest.raises(InputError, match="scale"):
         tune([paf("f1 g2")], histogram, 0.0)

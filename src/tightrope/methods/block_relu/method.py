@@ -92,13 +92,14 @@ class BlockReluMethod:
         cost: CostModel,
         workdir: Path | None,
         progress: Progress,
+        priced: Callable[[Problem], object] = lambda _: None,
         feasible: Callable[[Problem], object] = lambda _: None,
         shard: Shard = SINGLE,
     ) -> Problem:
         """Predicted loss and cost of every patch of every channel.
 
         `workdir` keeps one file per site, so that an interrupted measurement goes on where it stopped.
-        `feasible` is called with all losses 0 before anything is measured.
+        `priced` and `feasible` are called with all losses 0 before anything is measured.
         Raises TraceError when a site has no influence on the outputs (its options would look free).
         """
         prepared = self.preparation(graph)
@@ -110,7 +111,9 @@ class BlockReluMethod:
             if site.name not in {op.name for op in program.ops}:
                 raise _no_influence(site, "no output depends on it")
         unknown = {s.name: np.zeros((s.shape[0], len(options[s.name]))) for s in sites}
-        feasible(Problem(*self._priced(program, sites, options, unknown, cost), {"prepared": prepared}))
+        unmeasured = Problem(*self._priced(program, sites, options, unknown, cost), {"prepared": prepared})
+        priced(unmeasured)
+        feasible(unmeasured)
         key = self._key(ready, program, data)
         keys = {s.name: f"{key} {options[s.name]}" for s in sites}
         saved = {s.name: kept.read(workdir, s.name, keys[s.name]) for s in sites}

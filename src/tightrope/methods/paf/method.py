@@ -21,6 +21,7 @@ from tightrope.lower import lower
 from tightrope.methods import CostModel, Curve, Merges, Progress
 from tightrope.methods.paf.controls import controls
 from tightrope.methods.paf.options import TARGETS, Fitted, fit, matching, offered, structure
+from tightrope.methods.paf.scales import compare
 from tightrope.methods.paf.sites import distortions, histograms
 from tightrope.nn.polynomial import PolynomialActivation, composite
 from tightrope.nn.tournament import MaxTournament
@@ -43,7 +44,6 @@ from tightrope.types import (
 )
 
 SINGLE = Shard()
-SHOWN_BEYOND = 1e-4  # a larger share of inputs beyond the scale is noted
 DRAWN = 101  # points of a picture
 Picked = Mapping[str, NDArray[np.intp]]
 
@@ -112,13 +112,15 @@ class PafMethod:
         cost: CostModel,
         workdir: Path | None,
         progress: Progress,
+        priced: Callable[[Problem], object] = lambda _: None,
         feasible: Callable[[Problem], object] = lambda _: None,
         shard: Shard = SINGLE,
     ) -> Problem:
         """Predicted loss and cost of every polynomial of every site.
 
         The loss is the mean squared change of the network's outputs with that site alone replaced.
-        `feasible` is called with all losses 0 once coefficients are known, which exact costs depend on.
+        `priced` is called with all losses 0 at once, `feasible` when coefficients are known, which exact
+        costs depend on.
         `workdir` keeps the losses of one file per site, so that an interrupted measurement goes on.
         Raises TraceError when the network cannot be priced, InputError for sites and polynomials that do not
         exist.
@@ -137,7 +139,9 @@ class PafMethod:
                     got=f"{site.kind}, {self.polynomials}",
                     fix="--set polynomials='degree *'",
                 )
+        labels = {s.name: _executable(cost, s, labels[s.name]) for s in sites}
         unmeasured = _priced(graph, sites, labels, cost, self.rewrite)
+        priced(unmeasured)
         seen = histograms(graph, sites, self._images(data, SINGLE))
         progress("histograms", 1, 1)
         fits: dict[str, dict[str, Fitted]] = {}
@@ -220,16 +224,13 @@ class PafMethod:
         return Curve(*(tuple(map(float, values)) for values in (x, value, exact)))
 
     def notes(self, problem: Problem, picked: Picked) -> tuple[str, ...]:
-        """What became of max-pools, and where inputs beyond the scale were seen."""
-        found = []
-        for site, how in problem.meta["prepared"].items():
-            found.append(f"{site}: replaced by {how['replace'].replace('_', ' ')}")
-        for table in problem.tables:
-            site, label = table.site, table.labels[int(picked[table.site][0])]
-            beyond = problem.meta["fits"][site][label]["beyond"]
-            if beyond > SHOWN_BEYOND:
-                found.append(f"{site}: {beyond:.2%} of the measured inputs lie beyond the scale")
-        return tuple(found)
+        """What became of max-pools."""
+        prepared = problem.meta["prepared"].items()
+        return tuple(f"{site}: replaced by {how['replace'].replace('_', ' ')}" for site, how in prepared)
+
+    def trial(self, model: nn.Module, data: Data) -> tuple[str, ...]:
+        """See `tightrope.methods.paf.scales`."""
+        return compare(model, data, self.batch_size)
 
     def controls(self, problem: Problem, budget: Budget) -> dict[str, Picked]:
         """See `tightrope.methods.paf.controls`."""
@@ -243,6 +244,24 @@ class PafMethod:
         if "polynomial" not in choice:
             raise InputError("paf does not know this choice", where=site.name, got=choice)
         return PolynomialActivation(choice["stages"], gated=choice["gated"], scale=float(choice["scale"]))
+
+
+def _executable(cost: CostModel, site: Site, labels: Sequence[str]) -> tuple[str, ...]:
+    """Those that the runtime does not refuse. Raises its TraceError where it refuses all."""
+    found, refused = [], TraceError("no polynomial", where=site.name)
+    for label in labels:
+        degrees, gated = structure(label)
+        try:
+            cost.price(
+                Polynomial(name=site.name, inputs=("",), shape=site.shape, stages=degrees, gated=gated)
+            )
+        except TraceError as error:
+            refused = error
+        else:
+            found.append(label)
+    if not found:
+        raise refused
+    return tuple(found)
 
 
 def _pair(value: Any) -> tuple[int, int]:

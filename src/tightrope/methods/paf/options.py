@@ -60,14 +60,13 @@ def offered(kind: str, names: Sequence[str], compared: bool) -> tuple[str, ...]:
 class Fitted:
     """y = p(x / scale), or x * p(x / scale) if `gated`: the coefficients of p's stages, ascending.
 
-    `rmse` is in units of the activation on the histogram, `beyond` the share of inputs outside the scale.
+    `rmse` is in units of the activation on the histogram.
     """
 
     stages: tuple[tuple[float, ...], ...]
     gated: bool
     scale: float
     rmse: float
-    beyond: float
 
     def choice(self, name: str) -> dict[str, Json]:
         """What a plan says of a site."""
@@ -75,7 +74,7 @@ class Fitted:
         return {"polynomial": name, "stages": stages, "gated": self.gated, "scale": self.scale}
 
     def to_json(self) -> dict[str, Json]:
-        return self.choice("") | {"rmse": self.rmse, "beyond": self.beyond}
+        return self.choice("") | {"rmse": self.rmse}
 
 
 def structure(name: str) -> tuple[tuple[int, ...], bool]:
@@ -95,7 +94,7 @@ def fit(kind: str, name: str, histogram: Histogram, scale: float) -> Fitted:
     else:
         starts = [start] if name == "a7" or not start.gated else [start, paf(name, published=True)]
         found = tune(starts, histogram, scale, target, tries=TRIES, floor=FLOOR)
-    return Fitted(_inserted(found.paf, scale), start.gated, scale, found.rmse, histogram.beyond(scale))
+    return Fitted(_inserted(found.paf, scale), start.gated, scale, found.rmse)
 
 
 def _inserted(found: Paf, scale: float) -> tuple[tuple[float, ...], ...]:

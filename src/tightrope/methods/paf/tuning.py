@@ -44,10 +44,6 @@ class Histogram:
         """The lower edge of the first bin that is not empty."""
         return -self.limit + 2 * self.limit / len(self.counts) * int(np.flatnonzero(self.counts)[0])
 
-    def beyond(self, scale: float) -> float:
-        """The part of the inputs larger than `scale`."""
-        return float(self.counts[np.abs(self.centers) > scale].sum() / self.counts.sum())
-
     def and_more(self, values: Array) -> Histogram:
         """With `values` counted too; the limit doubles, and bins are joined in twos, until they fit in."""
         limit, counts = self.limit, self.counts
