@@ -156,7 +156,13 @@ def predicted(view: View, found: Estimate, settings: Mapping[str, Any], batch: i
     if host := settings.get("profile", {}).get("host"):
         view.say("times measured on: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in host.items()))
     ops = [{"op": name} | cost.as_dict() for name, cost in found.ops.items()]
-    return {"batch": batch, "network": network, "ops": ops, "total": found.total.as_dict()}
+    return {
+        "batch": batch,
+        "network": network,
+        "ops": ops,
+        "total": found.total.as_dict(),
+        "about": found.about,
+    }
 
 
 def _learned_summary(view: View, bundle: Bundle, plan: Plan, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,6 +246,13 @@ def measurement(view: View, measured: Measurement) -> None:
     simulated, t = "predicted_error" in measured.config, measured.total
     title = f"{'Simulated' if simulated else 'Measured'}: {measured.runtime}, batch of {measured.batch}"
     view.table(_costs(title, ((trace.op, trace.cost) for trace in measured.ops), t))
+    if measured.runtime != "ckks" and t.ckks_levels:
+        view.say(
+            "levels: of the polynomials alone; --runtime ckks --estimate has those of layers too, merged"
+        )
+    if "bootstraps_planned" in measured.config:
+        planned, done = measured.config["bootstraps_planned"], measured.config["bootstraps"]
+        view.say(f"bootstraps of ciphertexts, per image: {planned:,} planned, {done:,.6g} executed")
     for title, links in (("online", measured.links), ("offline", measured.offline_links)):
         if links:
             view.say(f"{title}: " + ", ".join(f"{link} {n:,} bytes" for link, n in links.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,29 @@ def test_an_estimate_tells_memory_and_levels(
     assert call(monkeypatch, "run", searched, *RUN, "--estimate") == 0
     shown = capsys.readouterr().out
     assert "ring degree 2^14, scale 2^40" in shown and "memory" in shown and "levels" in shown
+    assert "no bootstraps" in shown
     assert call(monkeypatch, "run", searched, *RUN, "--estimate", "--memory-gb", "0.5") == 0
     assert "would be refused here: 0.5 GB allowed" in capsys.readouterr().out
     assert call(monkeypatch, "run", searched, *RUN, "--estimate", "--memory-gb", "500") == 0
     assert "refused" not in capsys.readouterr().out
+
+
+def test_bootstraps_are_shown_before_and_after_a_run(
+    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), layers=3))
+    always = (*RUN, "--bootstrap", "always", "--refresh-levels", "3")
+    assert call(monkeypatch, "run", searched, *always, "--estimate", "--json") == 0
+    about = json.loads(capsys.readouterr().out)["about"]
+    found = re.search(r"(\d+) bootstraps \(after ([\w, ]+)\) with keys", about)
+    assert found is not None and int(found[1]) == len(found[2].split(", ")) > 0
+    assert call(monkeypatch, "run", searched, *always, "--mode", "simulate") == 0
+    said = f"bootstraps of ciphertexts, per image: {found[1]} planned, {found[1]} executed"
+    shown = capsys.readouterr().out
+    assert said in shown and "of the polynomials alone" not in shown
+    assert call(monkeypatch, "run", searched, "--runtime", "plain") == 0
+    shown = capsys.readouterr().out
+    assert "levels: of the polynomials alone" in shown and "bootstraps" not in shown
 
 
 def test_values_beyond_the_calibrated_range_are_counted_and_warned_of(

@@ -36,7 +36,8 @@ PROCESS_BYTES = 350 << 20  # an interpreter with torch and a library, for each o
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one session. `key_bytes` are sent once; `boot_key_bytes` are those of bootstrapping.
+    """Of one session. `key_bytes` are sent once; `boot_key_bytes` are those of bootstrapping, of the results
+    of the ops `bootstrapped`.
 
     Peak memory: of the client, of the process that makes its bootstrapping keys and is gone before the server
     works, and of the server.
@@ -46,6 +47,7 @@ class Estimate:
     keys: int
     key_bytes: int
     bootstraps: int
+    bootstrapped: tuple[str, ...]
     boot_key_bytes: int
     client_bytes: int
     maker_bytes: int
@@ -61,9 +63,10 @@ class Estimate:
         return (
             f"{self.parameters}; {self.keys} keys of {self.key_bytes / 1e9:.2g} GB, "
             + (
-                f"{self.bootstraps} bootstraps with keys of {self.boot_key_bytes / 1e9:.2g} GB, "
+                f"{self.bootstraps} bootstraps (after {', '.join(self.bootstrapped)}) with keys of "
+                f"{self.boot_key_bytes / 1e9:.2g} GB, "
                 if self.bootstraps
-                else ""
+                else "no bootstraps, "
             )
             + f"memory {self.memory_bytes / 1e9:.2g} GB, "
             f"about {self.setup_ms / 1e3:.2g} s for the keys and {self.image_ms / 1e3:.2g} s per image"
@@ -90,6 +93,7 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         keys=keys,
         key_bytes=key_bytes,
         bootstraps=circuit.bootstraps,
+        bootstrapped=tuple(step.ops[-1] for step in circuit.steps if isinstance(step, Refresh)),
         boot_key_bytes=boot,
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
         maker_bytes=PROCESS_BYTES + int(MAKER_COPIES * boot) if boot else 0,
