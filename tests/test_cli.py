@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,13 @@ def test_untraceable_model(
         *QUICK, says="cannot trace",
     )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_python_runs_the_package_as_the_command_line(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tightrope", "report", tmp_path / "none"], capture_output=True, text=True
+    )
+    assert ran.returncode == 2 and ran.stderr.startswith("error: no such bundle")
 
 
 def test_output_that_is_not_a_bundle(
