@@ -46,6 +46,7 @@ class Compiler:
     def __init__(self, program: Program, config: MPC, rings: Rings | None = None) -> None:
         self.program = program
         self.config = config
+        self.headroom_bits = headroom(config.ring_bits)
         self.steps: list[Step] = []
         self.asked: dict[str, int] = {}
         self._held: dict[str, int] = {}  # as `asked`, of the sums that do fit
@@ -96,9 +97,8 @@ class Compiler:
         return Wire(op.name, op.shape, scale, mu, limit, static, self.ring(op.name))
 
     def fits(self, wire: Wire, ring_bits: int | None = None) -> bool:
-        """Whether its values have room in the configuration's ring, or in another: half of a ring is for the
-        sign, and truncation needs |z| below half of that."""
-        return wire.ring_limit < 2.0 ** ((ring_bits or self.config.ring_bits) - 2)
+        """Whether its values have room in the configuration's ring, or in another."""
+        return wire.ring_limit < 2.0 ** headroom(ring_bits or self.config.ring_bits)
 
     def check(
         self,
@@ -110,7 +110,7 @@ class Compiler:
     ) -> None:
         """Raise InputError if values of the wire could overflow. Its scale holds `setting` `share` times."""
         if not self.fits(wire, ring_bits):
-            headroom_bits = (ring_bits or self.config.ring_bits) - 2
+            headroom_bits = headroom(ring_bits or self.config.ring_bits)
             spare = math.floor(math.log2(wire.ring_limit)) - headroom_bits + 1
             allowed = getattr(self.config, setting) - -(-spare // share)
             raise InputError(
@@ -269,6 +269,11 @@ class Compiler:
 
 def _raise(rings: dict[str, int], names: set[str] | None, bits: int) -> None:
     rings.update({name: max(bits, rings.get(name, 0)) for name in names or ()})
+
+
+def headroom(ring_bits: int) -> int:
+    """Bits of a value that truncation has room for: half of a ring is for the sign, half of that for carries."""
+    return ring_bits - 2
 
 
 def may_follow(step: Step) -> bool:
