@@ -272,7 +272,7 @@ def _raise(rings: dict[str, int], names: set[str] | None, bits: int) -> None:
 
 
 def headroom(ring_bits: int) -> int:
-    """Bits of a value that truncation has room for: half of a ring is for the sign, half of that for carries."""
+    """Bits of a value that truncation has room for: a bit is the sign, another keeps z offset below half."""
     return ring_bits - 2
 
 
