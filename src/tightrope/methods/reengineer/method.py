@@ -25,6 +25,7 @@ from tightrope.methods.reengineer.compact import compact
 from tightrope.methods.reengineer.controls import controls, donor_accuracy
 from tightrope.methods.reengineer.counting import layers, positions, weights
 from tightrope.methods.reengineer.heads import HEADS, Headed, HeadKind, attach
+from tightrope.methods.reengineer.limits import limits_of, missed, refuse_below
 from tightrope.methods.reengineer.projection import METRICS, fits
 from tightrope.methods.reengineer.resume import Journal
 from tightrope.methods.reengineer.search import Clock, Search, Settings, State
@@ -32,7 +33,7 @@ from tightrope.methods.reengineer.selection import front
 from tightrope.nn.group_max import GroupMax
 from tightrope.nn.masked import CHANNELS, GRANULARITIES, Bits, Channels, Granularity, Masked
 from tightrope.place import model_sha256
-from tightrope.program import base_cost
+from tightrope.program import Program, base_cost
 from tightrope.shard import Shard
 from tightrope.types import Budget, Cost, Json, total
 
@@ -132,15 +133,22 @@ class ReengineerMethod:
         masked, head = search.masked, search.head
         baseline = self._baseline(graph, budget, cost)
         own = {"weights": sum(p.numel() for p in head.parameters()), "macs": head.weight.numel()}
-        limits = self._limits(budget, baseline, own)
-        donor = donor_accuracy(_on(shard.device, graph.module), data, groups) if groups else {}
+        limits = limits_of(budget, baseline, own, self.granularity)
 
-        def plain(state: State) -> fx.GraphModule:
-            return _plain(search.headed, masked, state.bits, state.head, graph.input_shape)
+        def frozen(state: State) -> Program:
+            net = _plain(search.headed, masked, state.bits, state.head, graph.input_shape)
+            return lower(net, graph.input_shape)
 
         def ms(state: State) -> float:
-            return cost.exact(lower(plain(state), graph.input_shape)).online_ms
+            return cost.exact(frozen(state)).online_ms
 
+        if self.granularity != "weight":
+            least = search.least()
+            macs = max(least.macs + own["macs"], _cost(frozen(least)).macs)
+            time = ms(least) if "online_ms" in limits else 0.0
+            smallest = Cost(weights=least.weights + own["weights"], macs=macs, online_ms=time)
+            refuse_below(budget, baseline, smallest, self.multiple)
+        donor = donor_accuracy(_on(shard.device, graph.module), data, groups) if groups else {}
         clock = Clock(limits["online_ms"], baseline.online_ms, ms) if "online_ms" in limits else None
         counted = {metric: limits[metric] for metric in METRICS if metric in limits}
         if self.mode == "reference":
@@ -153,14 +161,13 @@ class ReengineerMethod:
             for p in search.history
         ]
         if not feasible:
-            raise _missed(f"{state.weights:,} weights, {state.macs:,} macs in the end", str(budget), points)
+            raise missed(f"{state.weights:,} weights, {state.macs:,} macs in the end", str(budget), points)
         if self.floor is not None and state.accuracy < donor["restricted"] - self.floor:
             wanted = f"{donor['restricted'] - self.floor:.4f} (the donor's {donor['restricted']:.4f})"
-            raise _missed(f"accuracy {state.accuracy:.4f}", wanted, points)
-        program = lower(plain(state), graph.input_shape)
-        spent = total(base_cost(op) for op in program.ops)
-        if spent.macs > budget.resolve(baseline).get("macs", math.inf):  # one channel a layer always stays
-            raise _missed(f"{spent.macs:,.0f} macs, as small as masks can make it", str(budget), points)
+            raise missed(f"accuracy {state.accuracy:.4f}", wanted, points)
+        spent = _cost(frozen(state))
+        if spent.macs > budget.resolve(baseline).get("macs", math.inf):  # a tensor without channels keeps one
+            raise missed(f"{spent.macs:,.0f} macs with a channel in every tensor", str(budget), points)
         others = dict(donor)
         if self.controls:
             others |= controls(start, state.weights, self.epochs, _scorer(data))
@@ -267,38 +274,16 @@ class ReengineerMethod:
     def _baseline(self, graph: Graph, budget: Budget, cost: CostModel) -> Cost:
         """Raises BudgetError for a limit on time where the runtime has none."""
         program = lower(graph.module, graph.input_shape)
-        spent = total(base_cost(op) for op in program.ops)
+        spent = _cost(program)
         timed = any(limit.metric == "online_ms" for limit in budget.limits)
         ms = cost.exact(program).online_ms if timed else 0.0
         if timed and not ms:
             raise BudgetError("this runtime has no times", got=str(budget), fix="--runtime onnx")
         return Cost(weights=weights(graph.module), macs=spent.macs, drelus=spent.drelus, online_ms=ms)
 
-    def _limits(self, budget: Budget, baseline: Cost, head: Mapping[str, int]) -> dict[str, float]:
-        """What the masks may leave, the head's own share taken off."""
-        limits = {}
-        for metric, limit in budget.resolve(baseline).items():
-            if metric not in (*METRICS, "online_ms"):
-                raise BudgetError(
-                    "reengineer does not limit this quantity",
-                    got=metric,
-                    allowed="weights, macs, latency_ms",
-                    fix="--budget 'weights<=0.1x'",
-                )
-            if metric != "weights" and self.granularity == "weight":
-                raise BudgetError(
-                    "masks of single weights save storage, neither multiplications nor time",
-                    got=f"{budget}; dense kernels multiply zeros",
-                    fix="--set granularity=channel, or hybrid",
-                )
-            if limit <= head.get(metric, 0):
-                raise BudgetError(
-                    "the budget is below the head alone",
-                    got=f"{budget}: {limit:,.15g} {metric}",
-                    allowed=f"more than {head.get(metric, 0):,}",
-                )
-            limits[metric] = limit - head.get(metric, 0)
-        return limits
+
+def _cost(program: Program) -> Cost:
+    return total(base_cost(op) for op in program.ops)
 
 
 _STORAGE = ("masks of single weights save storage, not time: dense kernels multiply zeros",)
@@ -307,16 +292,6 @@ _STORAGE = ("masks of single weights save storage, not time: dense kernels multi
 def _on(device: torch.device, model: nn.Module) -> nn.Module:
     """The caller's model stays where it is."""
     return model if device == SINGLE.device else copy.deepcopy(model).to(device)
-
-
-def _missed(got: str, allowed: str, points: list[dict[str, float]]) -> BudgetError:
-    best = "; ".join(f"{p['weights']:,.0f} weights at {p['accuracy']:.2%}" for p in front(points)[:6])
-    return BudgetError(
-        "the search found no network within the limits",
-        got=got,
-        allowed=f"{allowed}\n  found:   {best}",
-        fix="a larger budget, more epochs, a lower floor, or a smaller multiple",
-    )
 
 
 def _scorer(data: Data) -> Callable[[nn.Module], float]:

@@ -14,7 +14,7 @@ METRICS = ("weights", "macs")
 HALVINGS = 24
 FAR = 2.0**20
 CHEAPEST = 1e-3
-SPARED = 1 / 8  # of the channels of a tensor
+SPARED = 1 / 8  # of the channels of a tensor, where the limit allows it
 BARE = 1e-6  # how far from 0 a score is put on its side
 
 
@@ -27,6 +27,14 @@ def found(masked: Masked, bits: Bits) -> dict[str, float]:
 def fits(masked: Masked, bits: Bits, limits: Mapping[str, float]) -> bool:
     spent = found(masked, bits)
     return all(spent[metric] <= limit for metric, limit in limits.items())
+
+
+def smallest(masked: Masked, multiple: int = 1) -> Bits:
+    """The masks that leave the least: single weights off, and of every tensor so many channels as `multiple`
+    says, or all where it has fewer; of 1, none: compaction keeps one that is 0.
+    """
+    off = {name: torch.full_like(score, -1.0) for name, score in masked.scores.items()}
+    return _living(masked, off, masked.scores, multiple)
 
 
 def project(masked: Masked, limits: Mapping[str, float], multiple: int = 1) -> None:
@@ -77,19 +85,24 @@ def _living(
 
 
 def _lower(masked: Masked, ranked: Mapping[str, Tensor], metric: str, limit: float, multiple: int) -> None:
-    """A limit that no masks can meet leaves the fewest, and scores as they were."""
-    prices = _prices(masked, metric)
+    """Spares some channels of every tensor if it can, else one multiple. A limit that no masks can meet
+    leaves the fewest, and scores as they were.
+    """
 
     def lowered(multiplier: float) -> Bits:
         scores = {name: score.detach() - multiplier * prices[name] for name, score in masked.scores.items()}
         return _living(masked, scores, ranked, multiple)
 
-    low, high = 0.0, 1e-2
-    while found(masked, lowered(high))[metric] > limit:
-        low, high = high, 4 * high
-        if high > FAR:
-            _put(masked, lowered(high))
-            return
+    for spared in (SPARED, 0.0):
+        prices = _prices(masked, metric, spared)
+        low, high = 0.0, 1e-2
+        while high <= FAR and found(masked, lowered(high))[metric] > limit:
+            low, high = high, 4 * high
+        if high <= FAR:
+            break
+    else:
+        _put(masked, lowered(high))
+        return
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         if found(masked, lowered(middle))[metric] <= limit:
@@ -101,9 +114,9 @@ def _lower(masked: Masked, ranked: Mapping[str, Tensor], metric: str, limit: flo
             score -= high * prices[name]
 
 
-def _prices(masked: Masked, metric: str) -> Bits:
-    """Of every score: near 0 where the mask costs nothing or is off, else 1/2 to 2. The best channels of
-    every tensor have none, so that it never loses all.
+def _prices(masked: Masked, metric: str, spared: float) -> Bits:
+    """Of every score: near 0 where the mask costs nothing or is off, else 1/2 to 2. The best channel of
+    every tensor has none, so that it never loses all, nor has this share of its channels.
     """
     bits = {name: bit.float().requires_grad_() for name, bit in masked.snapshot().items()}
     torch.autograd.backward(dict(zip(METRICS, masked.kept(bits), strict=True))[metric])
@@ -115,6 +128,6 @@ def _prices(masked: Masked, metric: str) -> Bits:
         scores = masked.scores[CHANNELS].detach()
         for chain in masked.channels.chains:
             units = torch.tensor(chain, device=scores.device)
-            best = units[scores[units].topk(math.ceil(len(chain) * SPARED)).indices]
+            best = units[scores[units].topk(max(1, math.ceil(len(chain) * spared))).indices]
             prices[CHANNELS][best] = 0
     return prices

@@ -15,7 +15,7 @@ from tightrope.data import Data
 from tightrope.errors import InputError
 from tightrope.methods import Progress
 from tightrope.methods.reengineer.heads import Headed
-from tightrope.methods.reengineer.projection import fits, found, project
+from tightrope.methods.reengineer.projection import fits, found, project, smallest
 from tightrope.methods.reengineer.resume import Journal
 from tightrope.methods.reengineer.selection import Best, Fewest
 from tightrope.nn.masked import CHANNELS, Bits, Masked
@@ -82,6 +82,10 @@ class Search:
         layer = self.headed.model.get_submodule(self.headed.name)
         assert isinstance(layer, nn.Linear)
         return layer
+
+    def least(self) -> State:
+        """The masks that leave the least, not judged: its accuracy is 0."""
+        return self._state(-1, smallest(self.masked, self.settings.multiple), 0.0)
 
     def reference(self, alpha: float, floor: float, patience: int | None) -> State:
         """SeaM: cross-entropy plus `alpha` times the share kept; the fewest weights at `floor` accuracy."""
@@ -341,14 +345,21 @@ class Search:
 
     def _judge(self, epoch: int, judge: Callable[[State], bool]) -> State:
         bits = self.masked.snapshot()
-        weights, macs = (int(v) for v in self.masked.kept(bits))
-        head = {k: v.detach().clone().cpu() for k, v in self.head.state_dict().items()}
-        kept = {name: mask.cpu() for name, mask in bits.items()}
-        state = State(epoch, kept, head, self.accuracy(bits), weights, macs)
-        entry = {"weights": weights, "macs": macs, "accuracy": state.accuracy, "fits": judge(state)}
+        state = self._state(epoch, bits, self.accuracy(bits))
+        entry = {
+            "weights": state.weights,
+            "macs": state.macs,
+            "accuracy": state.accuracy,
+            "fits": judge(state),
+        }
         self.history.append(entry)
         self.progress("mask search", epoch + 1, self.settings.epochs)
         return state
+
+    def _state(self, epoch: int, bits: Bits, accuracy: float) -> State:
+        weights, macs = (int(v) for v in self.masked.kept(bits))
+        head = {k: v.detach().clone().cpu() for k, v in self.head.state_dict().items()}
+        return State(epoch, {k: mask.cpu() for k, mask in bits.items()}, head, accuracy, weights, macs)
 
 
 @contextmanager
