@@ -11,8 +11,11 @@ from torch import nn
 
 import networks
 from networks import settle
+from tightrope.data import load
+from tightrope.finetune import Recipe, finetune
 from tightrope.graph import trace
 from tightrope.lower import lower
+from tightrope.methods.reengineer.channels import find_channels
 from tightrope.methods.reengineer.compact import compact
 from tightrope.methods.reengineer.counting import published_macs, weights
 from tightrope.models import resolve
@@ -130,6 +133,63 @@ def test_one_channel_of_every_tensor_stays():
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(small(x), net(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_of_dead_networks_one_channel_of_every_tensor_stays_which_is_0(name, maps):
+    side = 32 if name == "vgg" else 16
+    graph = trace(settle(SMALL[name]()), (3, side, side))
+    units = find_channels(graph.module, graph.input_shape)
+    with torch.no_grad():
+        for layer, out in units.out.items():
+            for parameter in graph.module.get_submodule(layer).parameters():
+                parameter[out >= 0] = 0
+    small = compact(graph, maps=maps)
+    x = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), graph.module(x), atol=1e-5, rtol=0)
+    firsts = {chain[0] for chain in units.separate}
+    for layer, out in units.out.items():
+        if (out >= 0).all():
+            weight = small.get_submodule(layer).weight
+            assert len(weight) == sum(unit in firsts for unit in out.tolist()) and not weight.any()
+    assert weights(small) < weights(graph.module)
+
+
+class Inner(nn.Module):
+    """A branch whose inner tensor is dead."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = networks.conv(1, 4), networks.conv(4, 3), networks.conv(3, 4)
+        self.norm = nn.BatchNorm2d(3) if norm else nn.Identity()
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 10)
+        with torch.no_grad():
+            for parameter in (*self.a.parameters(), *self.norm.parameters()):
+                parameter.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = x + self.b(torch.relu(self.norm(self.a(x))))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_training_does_not_revive_the_channel_that_stays_of_a_dead_tensor(norm):
+    torch.manual_seed(0)
+    data = load("embedded")
+    net = Inner(norm).eval()
+    small = compact(trace(net, data.input_shape))
+    x = next(data.batches("validation", 8))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), net(x), atol=1e-6, rtol=0)
+    tuned = finetune(small, data, recipe=Recipe(epochs=1, limit=640))
+    dead = [p for name in ("a", "norm", "b") for p in tuned.get_submodule(name).parameters() if p.dim() != 1]
+    dead += [p for name in ("a", "norm") for p in tuned.get_submodule(name).parameters() if p.dim() == 1]
+    assert len(dead) == (5 if norm else 3) and not any(p.any() for p in dead)
+    assert tuned.get_submodule("a").out_channels == 1
+    assert not torch.equal(tuned.get_submodule("b").bias, small.get_submodule("b").bias)  # it does learn
 
 
 def test_published_counts_of_resnet20():

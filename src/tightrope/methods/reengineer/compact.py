@@ -26,7 +26,8 @@ def compact(graph: Graph, *, maps: bool = False, channels: Channels | None = Non
     A unit of channels (`find_channels`) goes when every layer that reads one of its channels reads it with
     weight 0, or into channels that go too, or finds it constant. With `maps`, constants may need a bias per
     position, and the result takes images of this size only, and cannot be lowered; without, such units stay.
-    At least one channel of every tensor stays.
+    One channel of a tensor that would lose all stays: it is 0 and is read with weight 0, so that no gradient
+    reaches it and training leaves it so, where activations take 0 to 0.
 
     Raises TraceError if an output would change by more than 1e-4.
     """
@@ -35,12 +36,15 @@ def compact(graph: Graph, *, maps: bool = False, channels: Channels | None = Non
     known = known_inputs(module, graph.input_shape)
     layers = {name: m for name, m in module.named_modules() if isinstance(m, Layer)}
     alive = _alive(layers, found, known, maps)
+    kept = alive | _spare(found, alive)
     example = torch.randn(4, *graph.input_shape, generator=torch.Generator().manual_seed(1)).double()
     with torch.no_grad():
         before = module(example)
-        _fold(module, layers, found, known, alive, maps)
+        _fold(module, layers, found, known, alive, kept, maps)
         for name, m in module.named_modules():
-            _slice(m, found.out.get(name), found.into.get(name), alive)
+            out, into = found.out.get(name), found.into.get(name)
+            _silence(m, out, None if into is None else found.into_matrix(name, m), alive)
+            _slice(m, out, into, kept)
         change = float((module(example) - before).abs().max())
     if not change <= TOLERANCE:
         raise TraceError(
@@ -57,7 +61,7 @@ def _live(units: Tensor, alive: Tensor) -> Tensor:
 
 
 def _alive(layers: dict[str, Layer], channels: Channels, known: dict[str, Known], maps: bool) -> Tensor:
-    """The units that must stay, from the outputs backwards until nothing changes."""
+    """The units that something depends on, from the outputs backwards until nothing changes."""
     blocked = {}
     for name, layer in layers.items():
         if name in channels.into:
@@ -70,13 +74,19 @@ def _alive(layers: dict[str, Layer], channels: Channels, known: dict[str, Known]
             out = channels.out.get(name, torch.full((layer.weight.shape[0],), -1))
             active = reads & _live(out, alive)[:, None] & (units >= 0)
             needed[units[active]] = True
-        if torch.equal(needed, alive):  # only now is it known which tensors would be left without a channel
-            for chain in channels.chains:
-                if not needed[list(chain)].any():
-                    needed[chain[0]] = True
-            if torch.equal(needed, alive):
-                return alive
+        if torch.equal(needed, alive):
+            return alive
         alive = needed
+
+
+def _spare(channels: Channels, alive: Tensor) -> Tensor:
+    """A unit of every tensor that would be left without a channel."""
+    spare = torch.zeros_like(alive)
+    for chain in channels.chains:
+        units = list(chain)
+        if not (alive | spare)[units].any():
+            spare[units[0]] = True
+    return spare
 
 
 def _reads(layer: Layer) -> Tensor:
@@ -102,6 +112,7 @@ def _fold(
     channels: Channels,
     known: dict[str, Known],
     alive: Tensor,
+    kept: Tensor,
     maps: bool,
 ) -> None:
     """What the constants that go have given to each layer becomes its bias."""
@@ -122,7 +133,8 @@ def _fold(
             own = torch.zeros(len(flat), dtype=flat.dtype) if bias is None else bias
             layer.bias = nn.Parameter(own + flat[:, 0])
         elif maps:
-            _insert(module, name, given[live])
+            given[~live] = 0
+            _insert(module, name, given[_live(channels.out[name], kept)] if name in channels.out else given)
 
 
 def _insert(module: fx.GraphModule, name: str, bias: Tensor) -> None:
@@ -135,6 +147,16 @@ def _insert(module: fx.GraphModule, name: str, bias: Tensor) -> None:
             after = module.graph.call_module(new, (node,))
         node.replace_all_uses_with(after, lambda user, after=after: user is not after)
     module.recompile()
+
+
+def _silence(layer: nn.Module, out: Tensor | None, into: Tensor | None, alive: Tensor) -> None:
+    """Channels that nothing depends on become 0, and what reads them reads nothing."""
+    if out is not None:
+        for word in ("weight", "bias"):
+            if isinstance(tensor := getattr(layer, word, None), nn.Parameter):
+                tensor[~_live(out, alive)] = 0
+    if into is not None:
+        layer.get_parameter("weight")[~_live(into, alive)] = 0
 
 
 def _slice(layer: nn.Module, out: Tensor | None, into: Tensor | None, alive: Tensor) -> None:
