@@ -108,8 +108,8 @@ def test_a_network_that_masks_make_smaller_than_it_can_be_is_refused_at_the_end(
         bits["channels"][net.channels.out["stages.1.0.conv1"]] = False
         return bits
 
-    def ended(search, alpha, floor, patience):
-        return search._state(0, without_inner(search.masked), 1.0)
+    def ended(search, alpha, floor, patience, limits):
+        return search._state(0, without_inner(search.masked), 1.0), True
 
     monkeypatch.setattr(Search, "reference", ended)
     head = 128

@@ -40,6 +40,10 @@ WAYS = {
         {"mode": "reference", "head": "relu_linear", "lr_mask": 0.3, "alpha": 20.0, "epochs": 7},
         "weights<=1x",
     ),
+    "decay": (
+        {"mode": "reference", "lr_mask": 0.3, "alpha": 5.0, "epochs": 6, "decay": True, "margin": 1.0},
+        "weights<=0.99x",
+    ),
     "dual": ({"granularity": "hybrid", "epochs": 5}, "macs<=0.5x"),
 }
 

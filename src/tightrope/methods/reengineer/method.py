@@ -26,10 +26,10 @@ from tightrope.methods.reengineer.controls import controls, donor_accuracy
 from tightrope.methods.reengineer.counting import layers, positions, weights
 from tightrope.methods.reengineer.heads import HEADS, Headed, HeadKind, attach
 from tightrope.methods.reengineer.limits import limits_of, missed, refuse_below
-from tightrope.methods.reengineer.projection import METRICS, fits
+from tightrope.methods.reengineer.projection import METRICS
 from tightrope.methods.reengineer.resume import Journal
 from tightrope.methods.reengineer.search import Clock, Search, Settings, State
-from tightrope.methods.reengineer.selection import front
+from tightrope.methods.reengineer.selection import Floor, front
 from tightrope.nn.group_max import GroupMax
 from tightrope.nn.masked import CHANNELS, GRANULARITIES, Bits, Channels, Granularity, Masked
 from tightrope.place import model_sha256
@@ -47,8 +47,11 @@ class ReengineerMethod:
 
     `mode`: `dual` takes the most accurate epoch within the budget; `reference` is SeaM as published: the
     fewest weights at no less accuracy than the donor restricted to the task, under a penalty `alpha` on the
-    share kept; the budget is then only checked. SeaM's own settings: `mode="reference"`,
-    `granularity="weight"`, `head="relu_linear"`, `lr_mask=0.05`, `lr_head=0.1`, `epochs=300`.
+    share kept, among the epochs within the budget (a time is checked at the end). SeaM's own settings:
+    `mode="reference"`, `granularity="weight"`, `head="relu_linear"`, `lr_mask=0.05`, `lr_head=0.1`,
+    `epochs=300`. Two of ours: with `decay` its learning rates fall to zero like a cosine, as those of `dual`
+    always do; with `margin` an epoch should be so many standard errors of the donor's validation accuracy
+    above it (where none is, the donor's accuracy itself is asked for).
     `granularity`: mask single `weight`s, whole `channel`s, or both (`hybrid`).
     `head`: see `heads.attach`. `floor`: accuracy in [0, 1] that the result may lose at most against the
     restricted donor, on validation images; None for no floor. `distill`: weight of the donor's restricted
@@ -68,6 +71,8 @@ class ReengineerMethod:
     floor: float | None = None
     distill: float = 0.0
     patience: int | None = None
+    decay: bool = False
+    margin: float = 0.0
     augment: bool = False
     multiple: int = 1
     controls: bool = True
@@ -98,7 +103,13 @@ class ReengineerMethod:
         for key in ("lr_mask", "lr_head"):
             if not 0 < getattr(self, key) < math.inf:
                 raise InputError(f"{key} must be positive", got=getattr(self, key))
-        for key in ("alpha", "distill", "seed"):
+        if self.margin and self.mode == "dual":
+            raise InputError(
+                "a margin above the donor is of the reference mode; dual takes the most accurate epoch",
+                got=f"margin={self.margin:g}, mode=dual",
+                fix="--set mode=reference, or --set floor=0",
+            )
+        for key in ("alpha", "distill", "margin", "seed"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise InputError(f"{key} must not be negative", got=getattr(self, key))
         if self.floor is not None and not 0 <= self.floor <= 1:
@@ -152,8 +163,9 @@ class ReengineerMethod:
         clock = Clock(limits["online_ms"], baseline.online_ms, ms) if "online_ms" in limits else None
         counted = {metric: limits[metric] for metric in METRICS if metric in limits}
         if self.mode == "reference":
-            state = search.reference(self.alpha, donor["restricted"], self.patience)
-            feasible = fits(masked, state.bits, counted) and (clock is None or ms(state) <= clock.limit)
+            floor = Floor(donor["restricted"], data.size("validation"), self.margin)
+            state, feasible = search.reference(self.alpha, floor, self.patience, counted)
+            feasible = feasible and (clock is None or ms(state) <= clock.limit)
         else:
             state, feasible = search.dual(counted, clock)
         points = [
@@ -225,7 +237,8 @@ class ReengineerMethod:
         """Makes searches with these settings, each at its start; `groups` as in `heads.attach`."""
         settings = Settings(
             epochs=self.epochs, batch_size=self.batch_size, lr_mask=self.lr_mask, lr_head=self.lr_head,
-            distill=self.distill, augment=self.augment, multiple=self.multiple, seed=self.seed,
+            distill=self.distill, augment=self.augment, multiple=self.multiple, decay=self.decay,
+            seed=self.seed,
         )  # fmt: skip
         channels: list[Channels] = []
 

@@ -17,7 +17,7 @@ from tightrope.methods import Progress
 from tightrope.methods.reengineer.heads import Headed
 from tightrope.methods.reengineer.projection import fits, found, project, smallest
 from tightrope.methods.reengineer.resume import Journal
-from tightrope.methods.reengineer.selection import Best, Fewest
+from tightrope.methods.reengineer.selection import Best, Fewest, Floor
 from tightrope.nn.masked import CHANNELS, Bits, Masked
 
 CYCLE = 5  # epochs; the first of each cycle trains the head alone (SeaM)
@@ -40,6 +40,7 @@ class Settings:
     distill: float
     augment: bool
     multiple: int
+    decay: bool
     seed: int
 
 
@@ -87,24 +88,40 @@ class Search:
         """The masks that leave the least, not judged: its accuracy is 0."""
         return self._state(-1, smallest(self.masked, self.settings.multiple), 0.0)
 
-    def reference(self, alpha: float, floor: float, patience: int | None) -> State:
-        """SeaM: cross-entropy plus `alpha` times the share kept; the fewest weights at `floor` accuracy."""
-        rule: Fewest[int] = Fewest(floor, patience)
+    def reference(
+        self, alpha: float, floor: Floor, patience: int | None, limits: Mapping[str, float]
+    ) -> tuple[State, bool]:
+        """SeaM: cross-entropy plus `alpha` times the share kept; the fewest weights at `floor` accuracy among
+        the epochs within the limits, and whether there is one; if not, the last epoch.
+
+        With `Settings.decay` learning rates fall to zero like a cosine, so that masks settle.
+        """
+        rule: Fewest[int] = Fewest(floor.accuracy, patience, wanted=floor.wanted)
         head, masks = self.adam()
+        both = [o for o in (head, masks) if o is not None]
+        decay = self._cosine(both) if self.settings.decay else lambda done: None
+        done = 0
+
+        def after() -> None:
+            nonlocal done
+            done += 1
+            decay(done)
 
         def train(epoch: int) -> None:
             """The head; in four epochs of five, or without a head to train, the masks too."""
+            nonlocal done
+            done = epoch * self.per_epoch
+            decay(done)
             joint = epoch % CYCLE > 0 or not self.headed.trained
             optimizers = ([head] if head is not None else []) + ([masks] if joint else [])
-            self.run(epoch, optimizers, None if joint else self.masked.snapshot(), self.share(alpha))
+            self.run(epoch, optimizers, None if joint else self.masked.snapshot(), self.share(alpha), after)
 
         def offer(epoch: int, entry: Mapping[str, float]) -> bool:
             share = entry["weights"] / self.masked.total
-            return rule.offer(entry["accuracy"], share, lambda: epoch)
+            return not entry["fits"] or rule.offer(entry["accuracy"], share, lambda: epoch)
 
-        states = self._follow([o for o in (head, masks) if o is not None], train, offer, rule)
-        assert rule.result is not None
-        return states[rule.result]
+        states = self._follow(both, train, offer, rule, lambda state: fits(self.masked, state.bits, limits))
+        return (states[max(states)], False) if rule.result is None else (states[rule.result], True)
 
     def dual(self, limits: Mapping[str, float], clock: Clock | None = None) -> tuple[State, bool]:
         """The most accurate epoch within the limits, and whether there is one; if not, the last epoch.
@@ -119,24 +136,19 @@ class Search:
         """
         self._order_scores()
         whole = found(self.masked, self.masked.snapshot())
-        per_epoch = math.ceil(self.data.size("train") / self.settings.batch_size)
-        steps = per_epoch * self.settings.epochs
+        per_epoch, steps = self.per_epoch, self.per_epoch * self.settings.epochs
         optimizers = [o for o in self.adam() if o is not None]
-        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        decay = self._cosine(optimizers)
         rule: Best[int] = Best()
         done = 0
         now = dict(limits)
         if clock is not None:
             now["macs"] = min(now.get("macs", math.inf), whole["macs"] * clock.limit / clock.whole)
 
-        def decay() -> None:
-            for optimizer, rate in zip(optimizers, rates, strict=True):
-                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done / steps)) / 2
-
         def after() -> None:
             nonlocal done
             done += 1
-            decay()
+            decay(done)
             if done % EVERY == 0 or done % per_epoch == 0:
                 tightened = min(1.0, done / (TIGHTENED * steps))
                 limited = {m: whole[m] * (v / whole[m]) ** tightened for m, v in now.items()}
@@ -145,7 +157,7 @@ class Search:
         def train(epoch: int) -> None:
             nonlocal done
             done = epoch * per_epoch
-            decay()
+            decay(done)
             self.run(epoch, optimizers, None, None, after)
 
         def judge(state: State) -> bool:
@@ -165,13 +177,29 @@ class Search:
         states = self._follow(optimizers, train, offer, rule, judge, now)
         return (states[max(states)], False) if rule.best is None else (states[rule.best], True)
 
+    @property
+    def per_epoch(self) -> int:
+        """Steps."""
+        return math.ceil(self.data.size("train") / self.settings.batch_size)
+
+    def _cosine(self, optimizers: list[torch.optim.Optimizer]) -> Callable[[int], None]:
+        """Sets learning rates after so many steps: from what they are to zero at the search's end."""
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        steps = self.per_epoch * self.settings.epochs
+
+        def decay(done: int) -> None:
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done / steps)) / 2
+
+        return decay
+
     def _follow(
         self,
         optimizers: list[torch.optim.Optimizer],
         train: Callable[[int], None],
         offer: Callable[[int, Mapping[str, float]], bool],
         rule: Fewest[int] | Best[int],
-        judge: Callable[[State], bool] = lambda _: True,
+        judge: Callable[[State], bool],
         now: dict[str, float] | None = None,
     ) -> dict[int, State]:
         """Epoch after epoch until the rule says no (`offer`), from where the journal ends.
@@ -336,12 +364,9 @@ class Search:
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         settings = self.settings
         return self.data.batches(
-            "train",
-            settings.batch_size,
-            shuffle=True,
-            seed=settings.seed * STRIDE + epoch,
+            "train", settings.batch_size, shuffle=True, seed=settings.seed * STRIDE + epoch,
             augment=settings.augment,
-        )
+        )  # fmt: skip
 
     def _judge(self, epoch: int, judge: Callable[[State], bool]) -> State:
         bits = self.masked.snapshot()

@@ -10,6 +10,21 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Floor:
+    """The donor's accuracy on `images`, and how many of its standard errors above it an epoch should be."""
+
+    accuracy: float
+    images: int
+    margin: float
+
+    @property
+    def wanted(self) -> float:
+        """At most 1."""
+        error = math.sqrt(self.accuracy * (1 - self.accuracy) / self.images)
+        return min(1.0, self.accuracy + self.margin * error)
+
+
 @dataclass
 class Fewest(Generic[T]):
     """The fewest weights without losing accuracy (SeaM, ICSE 2023).
@@ -17,11 +32,12 @@ class Fewest(Generic[T]):
     An epoch that reaches `floor` is accepted when it keeps fewer thousandths of the weights than the best so
     far, or no more weights at a higher accuracy. If no epoch reaches the floor, the result is the one with
     the largest accuracy minus share. After the floor was reached once, `patience` epochs below it (or, with
-    None, any number) are waited for.
+    None, any number) are waited for. The first epoch that reaches `wanted` makes this the floor.
     """
 
     floor: float
     patience: int | None = None
+    wanted: float = 0.0
     best: T | None = None
     fallback: T | None = None
     _share: float = 1.0
@@ -36,6 +52,8 @@ class Fewest(Generic[T]):
             self._gain, self.fallback = accuracy - share, take()
         if accuracy >= self.floor:
             self._armed = True
+            if accuracy >= self.wanted > self.floor:
+                self.floor, self._share, self._accuracy = self.wanted, 1.0, 0.0
             smaller = math.floor(1000 * share) < math.floor(1000 * self._share)
             if smaller or (share <= self._share and accuracy > self._accuracy):
                 self._share, self._accuracy, self.best = share, accuracy, take()
