@@ -7,15 +7,19 @@ ResNet-20 and a VGG-16 of a quarter of the published widths, one donor each, on 
 Validation data select; the test split is read once per finished run. Controls (new head, fine-tuning,
 magnitude, SNIP) train for as many epochs as the search. Networks of whole channels are then fine-tuned with
 the donor, which answers within the task, as teacher. Times are measured last, one network after the other.
+`--scratch` trains networks of the same shapes from random weights too, for as many epochs as search and
+fine-tuning together. A run that fails leaves FILE.error, and a row that says so; the exit status is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -54,10 +58,12 @@ PUBLISHED = {
     "lr_head": 0.1,
     "lr_mask": 0.05,
 }
+ANNEALED = PUBLISHED | {"decay": True, "margin": 1.0}
 CHANNEL = {"granularity": "channel", "controls": False}
 ALIGNED = CHANNEL | {"multiple": 8}  # channels, as the kernels of ONNX Runtime want them
 CONFIGS = {"channel": CHANNEL, "aligned": ALIGNED}
-MODES = ("reference", *CONFIGS)
+SINGLE = {"reference": (PUBLISHED, "weights<=1x"), "annealed": (ANNEALED, "weights<=0.15x")}
+MODES = (*SINGLE, *CONFIGS)
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 128
 REPEATS, WARM_UP = 50, 10
@@ -81,9 +87,9 @@ DONORS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def alpha(task: str) -> float:
-    """In the paper 1 to 2, in 300 epochs."""
-    return 2.0 if "," in task else 3.0
+def alpha(task: str, mode: str) -> float:
+    """In the paper 1 to 2, in 300 epochs. Rates that fall remove less."""
+    return 2.0 if "," in task and mode == "reference" else 3.0
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,27 @@ class Job:
     donor_epochs: int
     images: int
     budget: str
+    scratch: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.donor, self.task, self.mode
 
     def file(self, work: Path) -> Path:
-        how = f"{alpha(self.task):g}" if self.mode == "reference" else self.budget.replace("<=", "-")
+        how = f"{alpha(self.task, self.mode):g}" if self.mode in SINGLE else self.budget.replace("<=", "-")
         size = f"{self.donor_epochs}-{self.epochs}-{self.images}"
         return work / f"{self.donor}-{self.task}-{self.mode}-{how}-{self.seed}-{size}.json"
+
+    def error(self, work: Path) -> Path:
+        """Where it says why it failed, if it did."""
+        return self.file(work).with_suffix(".error")
+
+    def waits(self, work: Path) -> bool:
+        if not self.file(work).exists():
+            return True
+        return (
+            self.scratch and self.mode in CONFIGS and "scratch" not in json.loads(self.file(work).read_text())
+        )
 
 
 def donor(name: str, epochs: int, data: Data, work: Path) -> nn.Module:
@@ -153,9 +175,11 @@ def searched(job: Job, work: Path) -> Json:
     torch.set_num_threads(1)
     data = load("fashion-mnist")
     graph = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
-    config, budget = CONFIGS.get(job.mode), job.budget
-    if config is None:
-        config, budget = {**PUBLISHED, "alpha": alpha(job.task)}, "weights<=1x"
+    if job.mode in SINGLE:
+        config, budget = SINGLE[job.mode]
+        config = config | {"alpha": alpha(job.task, job.mode)}
+    else:
+        config, budget = CONFIGS[job.mode], job.budget
     task = parse_task(data.classes, chosen=job.task, seed=job.seed)
     part = view(data, task)
     if job.images:
@@ -173,6 +197,8 @@ def searched(job: Job, work: Path) -> Json:
     restricted = nn.Sequential(graph.module, GroupMax(task.groups))
     if method.tunable:
         recipe = Recipe(epochs=job.epochs, batch_size=BATCH, seed=job.seed)
+        if job.scratch:
+            found["scratch"] = scratch(result, part, restricted, replace(recipe, epochs=2 * job.epochs))
         result = finetune(result, part, teacher=restricted, recipe=recipe)
         found["validation_tuned"] = accuracy(result, part, "validation")
     kept = [choice for name, choice in learned.choices.items() if name != "channels"]
@@ -190,6 +216,20 @@ def searched(job: Job, work: Path) -> Json:
     return found
 
 
+def scratch(net: nn.Module, part: Data, teacher: nn.Module, recipe: Recipe) -> Json:
+    """Test accuracy of a network of this shape that starts at random, by what it learns from."""
+    torch.manual_seed(recipe.seed)
+    fresh = copy.deepcopy(net)
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    teachers = {"labels alone": None, "labels and the donor": teacher}
+    return {
+        name: accuracy(finetune(fresh, part, teacher=taught_by, recipe=recipe), part, "test")
+        for name, taught_by in teachers.items()
+    }
+
+
 def timed(job: Job, data: Data, work: Path) -> Json:
     """A finished run, with times: measured here, once."""
     path = job.file(work)
@@ -202,13 +242,27 @@ def timed(job: Job, data: Data, work: Path) -> Json:
     return found
 
 
-def rows(found: dict[tuple[str, str, str, int], Json]) -> list[Json]:
+def failures(jobs: list[Job], work: Path) -> list[Json]:
+    """A row for every (donor, task, mode) of which runs have failed."""
+    failed = [job for job in jobs if job.error(work).exists()]
+    result = []
+    for key in sorted({job.key for job in failed}):
+        ones = [job for job in failed if job.key == key]
+        why = "; ".join(sorted({job.error(work).read_text() for job in ones}))
+        of = sum(job.key == key for job in jobs)
+        donor_name, task, mode = key
+        what = f"{donor_name}, classes {task}, {mode}: runs that failed, of {of}, 0 ({why})"
+        result.append(row(what, len(ones), "runs", False))
+    return result
+
+
+def rows(found: dict[Job, Json]) -> list[Json]:
     """Means over the seeds of each (donor, task, mode)."""
     result = []
-    for donor_name, task, mode in sorted({key[:3] for key in found}):
-        runs = [r for key, r in found.items() if key[:3] == (donor_name, task, mode)]
+    for donor_name, task, mode in sorted({job.key for job in found}):
+        runs = [r for job, r in found.items() if job.key == (donor_name, task, mode)]
         gain = 100 * statistics.mean(r["test"] - r["test_restricted"] for r in runs)
-        how = "fine-tuned" if mode in CONFIGS else f"alpha {alpha(task):g}"
+        how = "fine-tuned" if mode in CONFIGS else f"alpha {alpha(task, mode):g}"
         what = f"{donor_name}, classes {task}, {mode}, {how}, {len(runs)} seed(s)"
         what += "".join(f", trained on {d}" for d in sorted({r["trained_on"] for r in runs} - {""}))
         result.append(
@@ -216,7 +270,7 @@ def rows(found: dict[tuple[str, str, str, int], Json]) -> list[Json]:
         )
         result.append(row(f"{what}: test accuracy (no bar)", 100 * mean(runs, "test"), "%"))
         kept = mean(runs, "retained")
-        if mode == "reference":
+        if mode in SINGLE:
             result.append(row(f"{what}: weights kept, <= 15 %", 100 * kept, "%", kept <= 0.15))
         for name in runs[0]["controls"]:
             value = 100 * statistics.mean(r["controls"][name] for r in runs)
@@ -224,6 +278,10 @@ def rows(found: dict[tuple[str, str, str, int], Json]) -> list[Json]:
         if mode in CONFIGS:
             macs = mean(runs, "macs")
             result.append(row(f"{what}: multiplications, <= 0.35x", macs, "x", macs <= 0.35))
+            for name in runs[0].get("scratch", {}) if all("scratch" in r for r in runs) else ():
+                more = 100 * statistics.mean(r["test"] - r["scratch"][name] for r in runs)
+                shape = f"{what}: test accuracy above the same shape from scratch, from {name} (no bar)"
+                result.append(row(shape, more, "points"))
             for engine in runs[0]["ms"]:
                 ratio = statistics.mean(r["ms"][engine][2] / r["ms"][engine][0] for r in runs)
                 name, batch = engine.split()
@@ -252,6 +310,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--images", type=int, default=0, help="training images of a task; 0: all")
     parser.add_argument("--budget", default="macs<=0.2x", help="of the channel mode")
+    parser.add_argument("--scratch", action="store_true", help="shapes of whole channels from scratch too")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_reengineer"))
     parser.add_argument("--search", action="store_true", help="no times, no rows: --finished has them")
@@ -260,30 +319,44 @@ def main() -> None:
     data = load("fashion-mnist")
     wanted = product(range(options.seeds), options.donors, options.tasks, options.modes)
     size = (options.epochs, options.donor_epochs, options.images, options.budget)
-    jobs = [Job(*key, *size) for key in wanted]
-    waiting = [] if options.finished else [j for j in jobs if not j.file(options.work).exists()]
+    jobs = [Job(*key, *size, options.scratch) for key in wanted]
+    waiting = [] if options.finished else [j for j in jobs if j.waits(options.work)]
     if waiting:
         for name in options.donors:
             donor(name, options.donor_epochs, data, options.work)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-            for future in as_completed([pool.submit(searched, job, options.work) for job in waiting]):
-                error = future.exception()  # of one run: the others go on
-                found = error or {k: v for k, v in future.result().items() if k != "front"}
-                print(found, flush=True)
-    if options.search:
-        return
+            running = {pool.submit(searched, job, options.work): job for job in waiting}
+            for future in as_completed(running):
+                job, error = running[future], future.exception()  # of one run: the others go on
+                if error is None:
+                    job.error(options.work).unlink(missing_ok=True)
+                    print({k: v for k, v in future.result().items() if k != "front"}, flush=True)
+                else:
+                    said = str(error).partition("\n")[0]
+                    job.error(options.work).write_text(f"{type(error).__name__}: {said}")
+                    print(job, repr(error), flush=True)
+    failed = failures(jobs, options.work)
+    if not options.search:
+        table(options, data, jobs, failed)
+    if failed:
+        sys.exit("\n".join(str(one["bar"]) for one in failed))
+
+
+def table(options: argparse.Namespace, data: Data, jobs: list[Job], failed: list[Json]) -> None:
+    """Measure times, and write the rows."""
     torch.set_num_threads(1)
     there = [job for job in jobs if job.file(options.work).exists()]
-    found = {(j.donor, j.task, j.mode, j.seed): timed(j, data, options.work) for j in there}
+    found = {job: timed(job, data, options.work) for job in there}
     command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs}"
     command += f" --budget '{options.budget}' --donor-epochs {options.donor_epochs} --seeds {options.seeds}"
+    command += " --scratch" if options.scratch else ""
     whole = options.modes == list(MODES)
     if not whole:
         command += f" --modes {' '.join(options.modes)} --tasks {' '.join(options.tasks)}"
     write(
         "reengineer" if whole else f"reengineer_{'_'.join(options.modes)}",
-        [{"issue": 4, "command": command, **r} for r in rows(found)],
+        [{"issue": 4, "command": command, **r} for r in [*rows(found), *failed]],
     )
 
 
