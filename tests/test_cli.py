@@ -89,6 +89,10 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "negative devices": (("--budget", "drelus<=12%", "--devices", "-1"), "devices must be positive"),
     "no machines": (("--budget", "drelus<=12%", "--nodes", "0"), "nodes must be positive"),
     "no such accelerator": (("--budget", "drelus<=12%", "--accelerator", "abacus"), "does not have these"),
+    "an accelerator elsewhere": (
+        ("--budget", "drelus<=12%", "--accelerator", "tpu"),
+        "try:     --accelerator cpu",
+    ),
     "nonsense choice": (("--budget", "drelus<=12%", "--max-pool", "zz"), "allowed: keep, avg"),
     "unpriced quantity": (("--budget", "power<=12%"), "offline_bytes, offline_ms, online_bytes"),
     "no budget at all": ((), "--budget"),

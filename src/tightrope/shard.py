@@ -84,11 +84,18 @@ def start_fabric(devices: int, nodes: int, accelerator: str, precision: Any = "3
         raise InputError(
             "this machine does not have these devices",
             got=f"accelerator {accelerator}, {devices} devices, {precision}: {error}",
+            allowed=("auto", *_present()),
+            fix="--accelerator cpu, or fewer --devices",
         ) from error
     fabric.launch()
     atexit.unregister(_leave)  # once, however many trainings a process runs
     atexit.register(_leave)
     return fabric
+
+
+def _present() -> list[str]:
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [name for name, there in found.items() if there]
 
 
 def _leave() -> None:

@@ -128,7 +128,7 @@ class ReengineerMethod:
         shard: Shard = SINGLE,
     ) -> Learned:
         """Search masks and a head. Raises BudgetError for a budget in another quantity, below the head alone,
-        or missed; InputError for a task that the settings do not fit.
+        or missed; InputError for a task that the settings do not fit, and for a device without float64.
         """
         groups = tuple((k,) for k in range(len(data.classes))) if task is None else task.groups
         if (self.distill or self.floor is not None or self.mode == "reference") and not groups:
@@ -136,6 +136,13 @@ class ReengineerMethod:
                 "new images have no donor to be compared with",
                 got=f"mode={self.mode}, distill={self.distill:g}, floor={self.floor}",
                 fix="mode=dual without distill and floor",
+            )
+        if shard.device.type not in ("cpu", "cuda"):
+            raise InputError(
+                "masks are counted in float64, which this device does not have",
+                got=shard.device.type,
+                allowed="cpu, cuda",
+                fix="--accelerator cpu",
             )
         start = self.searches(graph, len(data.classes), groups, data, progress, shard.device)
         search = start()
