@@ -162,6 +162,17 @@ def test_a_power_without_room_in_the_ring_is_refused_with_a_remedy():
     compile_program(deep, replace(narrow, fraction_bits=14))
 
 
+def test_a_power_has_room_for_what_the_input_margin_lets_in():
+    """At 28 fractional bits x^13 has room for 1.38 times its range: a party that lets 1.5 in is refused."""
+    net = nn.Sequential(PolynomialActivation([[0.0] * 13 + [1.0]], gated=False)).eval()
+    deep = ranges(lower(net, (1, 1, 2)), [torch.full((1, 1, 1, 2), 1.0)])
+    config = MPC(fraction_bits=28, input_margin=1.3)
+    compile_program(deep, config)
+    with pytest.raises(InputError, match=r"1\.5 times their range[\s\S]*MPC\(fraction_bits=27\)"):
+        compile_program(deep, replace(config, input_margin=1.5))
+    compile_program(deep, replace(config, input_margin=1.5, fraction_bits=27))
+
+
 @pytest.mark.parametrize("margin", [1.0, 1.25, 4.0])
 @pytest.mark.parametrize("ratio", [0.55, 0.8, 1.0])
 def test_a_high_power_has_its_least_margin(margin, ratio):

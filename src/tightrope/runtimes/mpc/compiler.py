@@ -13,7 +13,7 @@ from typing import Any
 
 from tightrope.errors import InputError
 from tightrope.program import Concat, Flatten, Op, Pad, Program, Relu, Upsample
-from tightrope.runtimes.mpc.config import MPC
+from tightrope.runtimes.mpc.config import FEWEST_BITS, MPC
 from tightrope.runtimes.mpc.steps import (
     Gate,
     Local,
@@ -112,14 +112,21 @@ class Compiler:
         if not self.fits(wire, ring_bits):
             headroom_bits = headroom(ring_bits or self.config.ring_bits)
             spare = math.floor(math.log2(wire.ring_limit)) - headroom_bits + 1
-            allowed = getattr(self.config, setting) - -(-spare // share)
             raise InputError(
                 "values of this op could overflow the ring",
                 where=op,
                 got=f"{wire.limit:.4g} (range times margin) at {wire.scale} fractional bits",
                 allowed=f"below 2^{headroom_bits} in all",
-                fix=f"MPC({setting}={allowed}) or a smaller margin",
+                fix=f"{self._narrower(spare, setting, share)}a smaller margin",
             )
+
+    def _narrower(self, spare: int, setting: str, share: int) -> str:
+        """The setting that makes `spare` bits of room, or another that can, or a larger ring."""
+        for name, part in ((setting, share), ("fraction_bits", 1)):
+            allowed = getattr(self.config, name) - -(-spare // part)
+            if allowed >= FEWEST_BITS:
+                return f"MPC({name}={allowed}) or "
+        return "MPC(ring_bits=64) or " if self.config.ring_bits < 64 else ""
 
     def local(
         self,

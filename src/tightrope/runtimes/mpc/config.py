@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tightrope.runtimes.mpc.session import MPCSession
 
 RINGS = (64, 32)
+FEWEST_BITS = 4  # of a number's fraction
 REVEALS = ("logits", "label")
 PORTS = 2  # consecutive ports that a session listens on: server, dealer
 
@@ -45,7 +46,7 @@ class MPC:
     ring_bits: 64, or 32 for half of the bytes and little precision (`widths.fit` finds what fits).
     fraction_bits: of activations; weight_bits: fractional bits of weights; a layer's result has both until
     it is truncated. margin: how far beyond its calibrated range a value may go before the ring or the
-    comparison could overflow, of polynomials of high degree less, 1.25 times at least; input_margin: how far
+    comparison could overflow, of polynomials of high degree less (`polynomial.py`); input_margin: how far
     beyond its own an input may be, at most `margin`, else it is refused, because it uses up the margin of all
     that follows. noise_bits: the server adds fresh uniform
     noise below 2^-noise_bits to what it reveals, which hides the truncation carries from the client; 0 for
@@ -86,8 +87,8 @@ class MPC:
 
     def __post_init__(self) -> None:
         limits = {
-            "fraction_bits": (4, 28),
-            "weight_bits": (4, 28),
+            "fraction_bits": (FEWEST_BITS, 28),
+            "weight_bits": (FEWEST_BITS, 28),
             "margin": (1.0, 2.0**20),
             "input_margin": (1.0, 2.0**20),
             "noise_bits": (0, 28),

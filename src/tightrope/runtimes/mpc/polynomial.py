@@ -5,7 +5,7 @@ A stage works on z = x / 2^k, where 2^k is the power of two above the calibrated
 what must fit the ring is each power within the margin, and the result. High powers have no room for a wide
 margin, and no use for it: where x is 4 times its range, x^13 is 2^26 times as large, and the result beyond
 any margin of its own. So a stage takes of the margin what its highest power has room for, `LEAST_MARGIN` or
-more.
+more, and not less than the `input_margin` of whoever compiles.
 
 The coefficients of powers grow with the degree, and what truncation leaves of z^n counts so many times: of
 the minimax composites, 7,7,13 is off by 2^-11 of its range, and 15,15,27 by more than its result.
@@ -105,16 +105,18 @@ def _within(c: Compiler, op: Polynomial, z: Wire, degree: int) -> Wire:
     """z with so much of its margin as z^degree has room for, a product of two powers of `fraction_bits`."""
     f = c.config.fraction_bits
     rounded = 0 if z.mu == 1 else 2  # bits by which the multipliers of both powers may come short of 1
-    inside, least = z.limit / c.config.margin, min(c.config.margin, LEAST_MARGIN)
+    inside = z.limit / c.config.margin
+    least = min(c.config.margin, max(c.config.input_margin, LEAST_MARGIN))  # of what a party may let in
     room = 2.0 ** ((c.headroom_bits - rounded - 2 * f) / degree) * (1 - 1e-9)
     if degree > 1 and room < least * inside:
         spare = c.headroom_bits - rounded - degree * math.log2(least * inside / (1 - 1e-9))
+        bits = math.floor(spare / 2)
         raise InputError(
             "powers of this op could overflow the ring",
             where=op.name,
-            got=f"degree {degree} at {f} fractional bits",
-            allowed=f"{math.floor(spare / 2)} fractional bits, or a lower degree",
-            fix=f"MPC(fraction_bits={math.floor(spare / 2)}), or in a search --set polynomials='degree *'",
+            got=f"degree {degree} at {f} fractional bits, of values up to {least:g} times their range",
+            allowed=f"{bits} fractional bits, or a lower degree",
+            fix=f"MPC(fraction_bits={bits}), or in a search --set polynomials='degree *'",
         )
     return replace(z, limit=min(z.limit, room)) if degree > 1 else z
 

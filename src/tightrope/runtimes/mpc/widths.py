@@ -26,7 +26,8 @@ def fit(program: Program, config: MPC, x: NDArray[Any]) -> tuple[MPC, float]:
     Every weight_bits is tried with the most fraction_bits that the calibrated ranges leave room for, and a
     few less. Of those with at most twice the smallest error, that of the fewest online bytes is taken. The
     second result is its error: the largest difference of an output to that of a 64-bit ring with 22 bits
-    each. Raises InputError if nothing fits.
+    each. Powers in polynomials may be left with little of the margin (`polynomial.py`). Raises InputError if
+    nothing fits.
     """
     config = replace(config, reveal="logits")
     candidates = [
