@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tightrope.errors import InputError
 from tightrope.methods.paf import tuning
 from tightrope.methods.paf.library import paf
+from tightrope.methods.paf.published import published
 from tightrope.methods.paf.tuning import BOUND, REACH, Histogram, measure, tune
 
 SCALE = 4.73
@@ -38,6 +39,17 @@ def test_the_error_on_a_normal_distribution_is_at_most_the_published_one(name):
     assert rmse(fit.paf) == pytest.approx(fit.rmse, rel=1e-3)
     assert fit.rmse <= BARS[name]
     assert fit.rmse < min(measure(start, gaussian(), SCALE, relu).rmse for start in starts)
+
+
+@pytest.mark.parametrize("name", ["f2 g2", "f1 g2"])
+def test_the_error_is_at_most_that_of_the_published_tuning(name):
+    start, seen = paf(name, published=True), Histogram.of(np.random.default_rng(0).laplace(0.3, 1.0, 20_000))
+    few = {"images": 900, "batch": 40}
+    adam = published(start, seen, seen.limit, **few)
+    assert adam.rmse < 0.75 * measure(start, seen, seen.limit, relu).rmse
+    assert tune([start], seen, seen.limit, tail=False).rmse <= adam.rmse
+    assert published(start, seen, seen.limit, **few).paf == adam.paf
+    assert published(start, seen, seen.limit, **few, seed=1).paf != adam.paf
 
 
 @pytest.mark.parametrize(("name", "most"), [("f1^2 g1^2", 0.0118), ("f2 g2", 0.035), ("f1 g2", 0.049)])

@@ -127,7 +127,7 @@ def paf(name: str, *, published: bool = False) -> Paf:
         order = COMPOSITES[name]
         if published and name != "a7":
             order = order[::-1]
-        return Paf(name, tuple(_dense(BASES[base]) for base in order))
+        return Paf(name, tuple(dense(BASES[base]) for base in order))
     if name in MINIMAX:
         degrees, bits = MINIMAX[name]
         return Paf(name, _tuples(minimax_composite(degrees, epsilon_for(degrees, 2.0**-bits))[0]))
@@ -137,7 +137,7 @@ def paf(name: str, *, published: bool = False) -> Paf:
     raise InputError("no such polynomial", got=repr(name), allowed=near(name, known))
 
 
-def _dense(odd: Coefficients) -> Coefficients:
+def dense(odd: Coefficients) -> Coefficients:
     """0, c1, 0, c3, ... of the odd coefficients."""
     return tuple(c for value in odd for c in (0.0, value))
 
