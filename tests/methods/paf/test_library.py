@@ -69,7 +69,7 @@ def test_the_single_polynomials_are_least_squares_fits():
 
 
 def test_names_are_everything_the_cheapest_first():
-    assert set(names()) == {f"degree {n}" for n in SINGLE} | COMPOSITES.keys() | MINIMAX.keys()
+    assert set(names()) == {f"degree {n}" for n in SINGLE} | {"herpn"} | COMPOSITES.keys() | MINIMAX.keys()
     levels = [paf(name).levels for name in names()]
     assert levels == sorted(levels)
     with pytest.raises(InputError, match="no such polynomial"):

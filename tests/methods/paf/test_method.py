@@ -21,8 +21,7 @@ from tightrope.methods.paf.controls import controls
 from tightrope.methods.paf.library import names
 from tightrope.methods.paf.options import TARGETS, fit, matching
 from tightrope.methods.paf.scales import compare
-from tightrope.methods.paf.sites import histograms
-from tightrope.methods.paf.tuning import Histogram
+from tightrope.methods.paf.sites import Seen, histograms
 from tightrope.nn import PolynomialActivation
 from tightrope.place import place
 from tightrope.rewrite import apply
@@ -193,17 +192,20 @@ def test_histograms_count_every_input_of_every_site():
     found = histograms(graph, graph.sites, (x for x, _ in data.batches("train", 4)))
     for s in graph.sites:
         values = np.concatenate([v.reshape(-1) for v in seen[s.name]])
-        histogram, largest = found[s.name]
-        assert largest == np.abs(values).max() <= histogram.limit
+        histogram = found[s.name].histogram
+        assert found[s.name].largest == np.abs(values).max() <= histogram.limit
         expected, _ = np.histogram(values, len(histogram.counts), (-histogram.limit, histogram.limit))
         assert histogram.counts.sum() == values.size
         assert np.abs(np.cumsum(histogram.counts - expected)).max() <= 2  # floats at the edge of a bin
+        by_channel = np.moveaxis(np.concatenate(seen[s.name]), 1, -1).reshape(-1, s.shape[0])
+        assert np.allclose(found[s.name].mean, by_channel.mean(0), atol=1e-6)
+        assert np.allclose(found[s.name].deviation, by_channel.std(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_every_kind_of_activation_is_fitted_better_by_higher_degrees(kind):
-    histogram = Histogram.of(np.random.default_rng(0).standard_normal(20_000) * 2)
-    rmse = [fit(kind, f"degree {n}", histogram, 8.0).rmse for n in (2, 3, 5, 7)]
+    seen = Seen.of(np.random.default_rng(0).standard_normal((20_000, 1)) * 2)
+    rmse = [fit(kind, f"degree {n}", seen, 8.0).rmse for n in (2, 3, 5, 7)]
     assert all(b <= 1.01 * a for a, b in itertools.pairwise(rmse))  # a hundredth counts beyond the inputs
     assert rmse[-1] < 0.12
 
@@ -270,7 +272,8 @@ def test_bad_settings_are_refused(config, what):
 
 def test_patterns_of_names():
     assert matching("degree *;a7") == ("a7", *(f"degree {n}" for n in (7, 5, 3, 2, 1)))
-    assert matching("*") == tuple(reversed(names()))
+    assert matching("*") == tuple(name for name in reversed(names()) if name != "herpn")
+    assert matching("degree [12]; herpn") == ("herpn", "degree 2", "degree 1")
 
 
 def test_an_interrupted_measurement_goes_on_and_other_images_or_settings_begin_anew(tmp_path):

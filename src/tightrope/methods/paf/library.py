@@ -44,6 +44,8 @@ MINIMAX: dict[str, tuple[tuple[int, ...], int]] = {  # degrees, bits of precisio
     "15,15,27": ((15, 15, 27), 13),
 }
 SINGLE = (1, 2, 3, 5, 7)  # degrees of one polynomial in place of the whole activation
+# Hermite expansions of ReLU with coefficients per channel (AESPA 2022): here for N(0, 1), see `hermite.py`
+HERMITE: dict[str, Coefficients] = {"herpn": (1 / math.sqrt(8 * math.pi), 1 / 2, 1 / math.sqrt(8 * math.pi))}
 # Of odd polynomials evaluated by odd baby steps and giant steps (Lee et al. 2022, table of MPCNN).
 ODD_MULTIPLICATIONS = {1: 0, 3: 2, 5: 3, 7: 5, 13: 7, 15: 8, 27: 10}
 GRID = 200_001
@@ -115,8 +117,9 @@ def multiplications(stage: Sequence[float]) -> int:
 
 
 def names() -> tuple[str, ...]:
-    """Every polynomial of the library, the cheapest first: `degree N` is one polynomial for ReLU itself."""
-    everything = [*(f"degree {n}" for n in SINGLE), *COMPOSITES, *MINIMAX]
+    """Every polynomial of the library, the cheapest first: `degree N` is one polynomial for ReLU itself,
+    `herpn` one a channel."""
+    everything = [*(f"degree {n}" for n in SINGLE), *HERMITE, *COMPOSITES, *MINIMAX]
     return tuple(sorted(everything, key=lambda name: (paf(name).levels, paf(name).multiplications)))
 
 
@@ -133,7 +136,9 @@ def paf(name: str, *, published: bool = False) -> Paf:
         return Paf(name, _tuples(minimax_composite(degrees, epsilon_for(degrees, 2.0**-bits))[0]))
     if name in {f"degree {n}" for n in SINGLE}:
         return Paf(name, (_relu_fit(int(name.split()[1])),), gated=False)
-    known = (*(f"degree {n}" for n in SINGLE), *COMPOSITES, *MINIMAX)
+    if name in HERMITE:
+        return Paf(name, (HERMITE[name],), gated=False)
+    known = (*(f"degree {n}" for n in SINGLE), *HERMITE, *COMPOSITES, *MINIMAX)
     raise InputError("no such polynomial", got=repr(name), allowed=near(name, known))
 
 

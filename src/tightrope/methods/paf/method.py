@@ -53,10 +53,10 @@ class PafMethod:
     """Configuration and method in one.
 
     `sites`: shell patterns of the activations to decide; the others stay as they are. `polynomials`: shell
-    patterns of the library's names, separated by semicolons. `samples`: training images behind histograms and
-    losses. `margin`: the scale of a site over the largest input seen there; polynomials explode beyond their
-    scale, and among more images there are larger inputs. `max_pool`: "tournament" makes
-    max-pools of ReLUs, each of which is a site then; "avg" makes average pools of them.
+    patterns of the library's names, separated by semicolons; `herpn` only by that name. `samples`: training
+    images behind histograms and losses. `margin`: the scale of a site over the largest input seen there;
+    polynomials explode beyond their scale, and among more images there are larger inputs. `max_pool`:
+    "tournament" makes max-pools of ReLUs, each of which is a site then; "avg" makes average pools of them.
     """
 
     sites: str = "*"
@@ -146,9 +146,9 @@ class PafMethod:
         progress("histograms", 1, 1)
         fits: dict[str, dict[str, Fitted]] = {}
         for k, site in enumerate(sites):
-            histogram, largest = seen[site.name]
-            scale = self.margin * largest
-            fits[site.name] = {name: fit(site.kind, name, histogram, scale) for name in labels[site.name]}
+            here = seen[site.name]
+            scale = self.margin * (here.largest or 1.0)
+            fits[site.name] = {name: fit(site.kind, name, here, scale) for name in labels[site.name]}
             progress("coefficients", k + 1, len(sites))
         meta = {
             "method": self.name,
@@ -216,10 +216,12 @@ class PafMethod:
         return (str(choice["polynomial"]),)
 
     def picture(self, problem: Problem, site: str, label: str) -> Curve:
+        """The mean over channels where these have coefficients of their own."""
         found = problem.meta["fits"][site][label]
         x = np.linspace(-found["scale"], found["scale"], DRAWN)
-        y = composite([torch.tensor(stage) for stage in found["stages"]], torch.tensor(x / found["scale"]))
-        value = y[-1].numpy() * (x if found["gated"] else 1.0)
+        u = torch.tensor(x / found["scale"])[:, None]
+        y = composite([torch.tensor(stage, dtype=u.dtype) for stage in found["stages"]], u)[-1].mean(1)
+        value = y.numpy() * (x if found["gated"] else 1.0)
         exact = TARGETS[problem.meta["kinds"][site]](x)
         return Curve(*(tuple(map(float, values)) for values in (x, value, exact)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,22 +12,58 @@ import torch
 from torch import Tensor, nn
 
 from tightrope.graph import Graph
-from tightrope.methods.paf.tuning import Histogram
+from tightrope.methods.paf.tuning import Array, Histogram
 from tightrope.place import place
 from tightrope.types import FloatArray, Json, Site
 
 
-def histograms(
-    graph: Graph, sites: Sequence[Site], images: Iterable[Tensor]
-) -> dict[str, tuple[Histogram, float]]:
-    """Of the inputs of every site, all gathered by one pass: the histogram and the largest magnitude."""
-    found: dict[str, Histogram] = {}
-    largest: dict[str, float] = {}
+@dataclass(frozen=True)
+class Seen:
+    """Of the inputs of one site: all in the histogram; count, sum and sum of squares by channel (C,)."""
+
+    histogram: Histogram
+    count: int
+    total: Array
+    squares: Array
+    largest: float
+
+    @classmethod
+    def of(cls, values: Array) -> Seen:
+        """Of inputs (N, C, ...)."""
+        return cls(Histogram.of(values.reshape(-1)), *_sums(values))
+
+    def and_more(self, values: Array) -> Seen:
+        count, total, squares, largest = _sums(values)
+        return Seen(
+            self.histogram.and_more(values.reshape(-1)),
+            self.count + count,
+            self.total + total,
+            self.squares + squares,
+            max(self.largest, largest),
+        )
+
+    @property
+    def mean(self) -> Array:
+        return self.total / self.count
+
+    @property
+    def deviation(self) -> Array:
+        return np.sqrt(np.maximum(self.squares / self.count - self.mean**2, 0))
+
+
+def _sums(values: Array) -> tuple[int, Array, Array, float]:
+    by_channel = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
+    largest = float(np.abs(values).max(initial=0.0))
+    return by_channel.shape[1], by_channel.sum(1), (by_channel**2).sum(1), largest
+
+
+def histograms(graph: Graph, sites: Sequence[Site], images: Iterable[Tensor]) -> dict[str, Seen]:
+    """What every site sees, gathered by one pass."""
+    found: dict[str, Seen] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        values = args[0].detach().cpu().double().numpy().reshape(-1)
-        found[name] = found[name].and_more(values) if name in found else Histogram.of(values)
-        largest[name] = max(largest.get(name, 0.0), float(np.abs(values).max(initial=0.0)))
+        values = args[0].detach().cpu().double().numpy()
+        found[name] = found[name].and_more(values) if name in found else Seen.of(values)
 
     hooks = [
         graph.module.get_submodule(s.name).register_forward_pre_hook(partial(note, s.name)) for s in sites
@@ -38,7 +75,7 @@ def histograms(
     finally:
         for hook in hooks:
             hook.remove()
-    return {s.name: (found[s.name], largest[s.name] or 1.0) for s in sites}
+    return {s.name: found[s.name] for s in sites}
 
 
 def distortions(
