@@ -1,9 +1,9 @@
 """A trained polynomial network of a bundle on Fashion-MNIST test images, encrypted, leveled, two processes.
 
-`python benchmarks/bench_ckks_trained.py BUNDLE --images 100`, BUNDLE of `train_paf.py --network small --budget
-'ckks_levels<=19'`: with fewer images in `--minutes` the rows say how many. Classes are compared with those of
-the plain polynomial network; its accuracy on the whole test split, which `train_paf.py` read, with the ReLU
-network's.
+`python benchmarks/bench_ckks_trained.py BUNDLE --images 100`, the bundle of `train_paf.py --network small
+--budget 'ckks_levels<=19'`: with fewer images in `--minutes` the rows say how many. Classes are compared with
+those of the plain polynomial network; its accuracy on the whole test split, which `train_paf.py` read, with
+the ReLU network's.
 """
 
 from __future__ import annotations
