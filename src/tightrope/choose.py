@@ -31,6 +31,8 @@ WHO = {  # prices its options in a quantity, on the command line
     "offline_ms": "--runtime mpc",
     "weights": "--method reengineer",
     "macs": "--method reengineer",
+    "rounds": "no method limits rounds, but times have them: "
+    "--budget 'online_ms<=VALUE' --runtime mpc --network wan",
 }
 
 

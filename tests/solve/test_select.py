@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightrope.errors import BudgetError
-from tightrope.solve.select import price, select
-from tightrope.types import Budget, Cost, Limit, Problem, Table
+from tightrope.solve.select import price, quantities, select
+from tightrope.types import Budget, Cost, Limit, Problem, Step, Table
 
 
 def problem_of(generator: np.random.Generator, tables: int, groups: int, options: int) -> Problem:
@@ -121,3 +121,17 @@ def test_budgets_this_cannot_use(text, message):
 def test_a_problem_without_options_has_nothing_to_choose():
     with pytest.raises(BudgetError, match=r"no option is priced(.|\n)*nothing"):
         select(Problem((), Cost(drelus=1), Cost(drelus=1)), Budget.parse("drelus<=1"))
+
+
+def test_levels_may_be_limited_where_only_what_no_choice_changes_spends_them():
+    """Polynomials of degree 1 take none, the layers beside them do."""
+    free = {"drelus": np.zeros(2), "ckks_levels": np.zeros(2)}
+    table = Table("act", ("degree 1", "another"), np.array([[0.5, 0.25]]), free)
+    path = (Step("first", ("",), 1), Step("act", ("first",), 0), Step("last", ("act",), 1))
+    problem = Problem((table,), Cost(), Cost(ckks_levels=2), {}, path)
+    assert quantities(problem) == ("ckks_levels",)
+    chosen = select(problem, Budget.parse("ckks_levels<=2"))
+    assert chosen.cost.ckks_levels == 2 and chosen.loss == 0.25
+    with pytest.raises(BudgetError, match="ckks_levels<=2 or more"):
+        select(problem, Budget.parse("ckks_levels<=1"))
+    assert quantities(Problem((table,), Cost(), Cost())) == ()

@@ -57,17 +57,20 @@ def the_limit(problem: Problem, budget: Budget) -> tuple[str, float]:
             "this method takes exactly one limit", got=str(budget), fix="--budget 'drelus<=12%'"
         )
     metric, known = budget.limits[0].metric, quantities(problem)
+    limit = budget.resolve(problem.baseline)[metric]
     if metric not in known:
         raise BudgetError(
             "no option is priced in this quantity", got=metric, allowed=", ".join(known) or "nothing"
         )
-    return metric, budget.resolve(problem.baseline)[metric]
+    return metric, limit
 
 
 def quantities(problem: Problem) -> tuple[str, ...]:
-    """What a budget may limit: in what every site's options are priced, and not all of them at nothing."""
+    """What a budget may limit: in what every site's options are priced, and not all of them at nothing; and
+    what is counted along the graph, where what no choice changes has a part too."""
     every = set.intersection(*(set(t.cost) for t in problem.tables)) if problem.tables else set[str]()
-    return tuple(sorted(m for m in every if any(t.cost[m].any() for t in problem.tables)))
+    counted = ALONG if problem.path else ()
+    return tuple(sorted(m for m in every if m in counted or any(t.cost[m].any() for t in problem.tables)))
 
 
 def infeasible(problem: Problem, budget: Budget, least: float) -> BudgetError:

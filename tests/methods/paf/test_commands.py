@@ -11,7 +11,9 @@ import pytest
 
 from commands import call, refused
 from tightrope.bundle import Bundle
+from tightrope.choose import WHO
 from tightrope.methods.paf import method
+from tightrope.types import METRICS
 
 FEW = ("--samples", "32", "--set", "polynomials=degree *;f1 g2", "--runtime", "plain")
 
@@ -100,6 +102,13 @@ def test_a_budget_below_the_cheapest_polynomials_says_what_is_possible(tmp_path,
         (("--method", "paf"), "online_bytes<=50%", "ckks_levels", "--runtime mpc"),
         (("--method", "paf"), "macs<=50%", "ckks_levels", "--method reengineer"),
         (
+            ("--method", "paf"),
+            "rounds<=30",
+            "ckks_levels",
+            "no method limits rounds, but times have them: "
+            "--budget 'online_ms<=VALUE' --runtime mpc --network wan",
+        ),
+        (
             ("--method", "paf", "--runtime", "mpc"),
             "ckks_levels<=9",
             "offline_bytes, offline_ms, online_bytes, online_ms",
@@ -120,3 +129,15 @@ def test_a_budget_in_another_quantity_is_refused_at_once(
     says = f"allowed: {known}\n  try:     {remedy}\n"
     refused(monkeypatch, capsys, "search", *args, "--budget", budget, "--out", tmp_path / "b", says=says)
     assert not (tmp_path / "b" / "plan.json").exists()
+
+
+def test_every_quantity_has_a_remedy():
+    assert set(WHO) == set(METRICS)
+
+
+def test_levels_can_be_limited_where_only_layers_spend_them(tmp_path, monkeypatch, capsys):
+    args = ("--method", "paf", "--samples", "32", "--set", "polynomials=degree 1", "--out", tmp_path / "b")
+    assert call(monkeypatch, "search", *args, "--budget", "ckks_levels<=30") == 0
+    plan = Bundle.open(tmp_path / "b").plan()
+    assert 0 < plan.predicted.ckks_levels == plan.baseline.ckks_levels <= 30
+    assert call(monkeypatch, "curve", tmp_path / "b", "--points", "1", "--limit", "20") == 0
