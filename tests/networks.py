@@ -137,6 +137,9 @@ class Images:
     name: str = "images"
     reads: list[int] = field(default_factory=list)
 
+    def size(self, split: str) -> int:
+        return len(self.x)
+
     def batches(
         self,
         split: str,

@@ -12,7 +12,7 @@ from tightrope.data import Data
 from tightrope.errors import BudgetError, InputError, TraceError
 from tightrope.graph import Graph
 from tightrope.lower import lower
-from tightrope.methods import Method, Trial
+from tightrope.methods import Method, Progress, Trial
 from tightrope.place import place
 from tightrope.program import Program
 from tightrope.runtimes import Pricing
@@ -95,11 +95,19 @@ class Chooser:
             select(problem, self.budget)
 
     def plan(
-        self, problem: Problem, base: str, base_sha256: str, input_shape: tuple[int, ...], *, exact: bool
+        self,
+        problem: Problem,
+        base: str,
+        base_sha256: str,
+        input_shape: tuple[int, ...],
+        *,
+        exact: bool,
+        progress: Progress = lambda *_: None,
     ) -> Plan:
         """The best plan. With `exact` its predicted costs are exact, whatever the budget limits; they always
         are in the quantity that it limits. The bound is then on the losses of the choices whose prices add up
-        to no more than the limit that led to this one. A method that tries its choice (`Trial`) does so too.
+        to no more than the limit that led to this one. A method that tries its choice (`Trial`) does so too,
+        and tells `progress`.
 
         Raises BudgetError when no choice meets the budget, InputError when values of the rewritten network
         do not fit the runtime, TraceError when the budget needs exact costs of an op that it has not.
@@ -124,7 +132,7 @@ class Chooser:
                 else:
                     selection = replace(selection, cost=self._known(selection.cost, spent))
         if exact and isinstance(self.method, Trial):
-            tried = self.method.trial(self._rewritten(problem, selection.picked), self._opened[1])
+            tried = self.method.trial(self._rewritten(problem, selection.picked), self._opened[1], progress)
         return Plan(
             method=self.method.name,
             config=problem.meta["config"],

@@ -37,13 +37,19 @@ def accuracy(
 def count_hits(model: nn.Module, batches: Batches) -> tuple[int, int]:
     """(images classified correctly, images). `model` keeps its modes; its device is used."""
     hits, seen = 0, 0
-    device = _device(model)
-    with evaluating(model), torch.inference_mode():
-        for x, y in batches:
-            outputs = model(x.to(device, memory_format=torch.channels_last))
-            hits += int((outputs.argmax(1) == y.to(device)).sum())
-            seen += len(y)
+    for outputs, y in outputs_of(model, batches):
+        hits += int((outputs.argmax(1) == y).sum())
+        seen += len(y)
     return hits, seen
+
+
+def outputs_of(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The outputs of every batch and its labels, on the device of `model`, which keeps its modes."""
+    device = _device(model)
+    for x, y in batches:
+        with evaluating(model), torch.inference_mode():
+            outputs = model(x.to(device, memory_format=torch.channels_last))
+        yield outputs, y.to(device)
 
 
 def chance(model: nn.Module, data: Data, *, limit: int = 256) -> tuple[float, float]:

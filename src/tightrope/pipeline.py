@@ -110,7 +110,7 @@ def search(
     problem = chooser.anchored(problem, unchanged[0])
     if shard.first:
         sha256 = model_sha256(graph.module)
-        plan = chooser.plan(problem, model, sha256, images.input_shape, exact=True)
+        plan = chooser.plan(problem, model, sha256, images.input_shape, exact=True, progress=progress)
         plan = replace(plan, chain=donor.chain)
         bundle = Bundle.create(out, about, net, overwrite=overwrite)
         problem.save(out / "problem.npz")

@@ -139,7 +139,7 @@ class Remeasures(Protocol):
 class Trial(Protocol):
     """A method that tries what it chose on validation images, before any training."""
 
-    def trial(self, model: nn.Module, data: Data) -> tuple[str, ...]:
+    def trial(self, model: nn.Module, data: Data, progress: Progress) -> tuple[str, ...]:
         """What a reader of the plan should know of `model`, the rewritten network, which may be changed."""
         ...
 

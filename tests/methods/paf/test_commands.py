@@ -138,6 +138,7 @@ def test_every_quantity_has_a_remedy():
 def test_levels_can_be_limited_where_only_layers_spend_them(tmp_path, monkeypatch, capsys):
     args = ("--method", "paf", "--samples", "32", "--set", "polynomials=degree 1", "--out", tmp_path / "b")
     assert call(monkeypatch, "search", *args, "--budget", "ckks_levels<=30") == 0
+    assert "trial of static scales: 1000 of 1000" in capsys.readouterr().err
     plan = Bundle.open(tmp_path / "b").plan()
     assert 0 < plan.predicted.ckks_levels == plan.baseline.ckks_levels <= 30
     assert call(monkeypatch, "curve", tmp_path / "b", "--points", "1", "--limit", "20") == 0

@@ -172,13 +172,30 @@ def test_scales_are_tried_on_images_that_did_not_set_them():
         net[-1].weight.copy_(torch.tensor([[1.0], [-1.0]]))
     x = torch.tensor([0.5, 0.5, 2.0, 9.0]).reshape(4, 1, 1, 1)
     data = Images(x, torch.zeros(4, dtype=torch.long))
-    accuracies, beyond = compare(net, data, 2)
+    told: list[tuple[str, int, int]] = []
+    accuracies, beyond = compare(net, data, 2, lambda *part: told.append(part))
     assert "of 4 validation images" in accuracies
     assert "75.0% are right with the plan's static scales" in accuracies
     assert "100.0% with those of each batch of 2" in accuracies
     assert beyond.startswith("2 of 4 inputs") and "at 1 of 1 sites, most at 1 (2)" in beyond
+    passes = ("trial of static scales", "trial of scales of each batch")
+    assert told == [(what, done, 4) for what in passes for done in (2, 4)]
     few = Images(x[:2], data.y[:2])
-    assert compare(net, few, 2)[1].startswith("none of 2 inputs")
+    assert compare(net, few, 2, lambda *_: None)[1].startswith("none of 2 inputs")
+
+
+@pytest.mark.parametrize("last", [nn.Conv2d(1, 2, 1), nn.Flatten(2)])
+def test_scales_are_tried_where_outputs_are_not_classes(last):
+    """Maps, and sequences whose length is that of a batch, which would compare with labels."""
+    act = PolynomialActivation([[0.0, 1.0, -0.4]], gated=False, scale=1.5)
+    x = torch.tensor([[0.5, 0.5], [0.5, 2.0], [9.0, -9.0], [1.0, 1.0]]).reshape(4, 1, 1, 2)
+    told: list[tuple[str, int, int]] = []
+    notes = compare(
+        nn.Sequential(act, last), Images(x, torch.zeros(4).long()), 2, lambda *part: told.append(part)
+    )
+    assert notes[0].startswith("4 validation images") and "have no accuracy" in notes[0]
+    assert notes[1].startswith("3 of 8 inputs") and "at 1 of 1 sites, most at 0 (3)" in notes[1]
+    assert told == [("trial of static scales", done, 4) for done in (2, 4)]
 
 
 def test_histograms_count_every_input_of_every_site():

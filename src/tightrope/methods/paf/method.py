@@ -230,9 +230,9 @@ class PafMethod:
         prepared = problem.meta["prepared"].items()
         return tuple(f"{site}: replaced by {how['replace'].replace('_', ' ')}" for site, how in prepared)
 
-    def trial(self, model: nn.Module, data: Data) -> tuple[str, ...]:
+    def trial(self, model: nn.Module, data: Data, progress: Progress) -> tuple[str, ...]:
         """See `tightrope.methods.paf.scales`."""
-        return compare(model, data, self.batch_size)
+        return compare(model, data, self.batch_size, progress)
 
     def controls(self, problem: Problem, budget: Budget) -> dict[str, Picked]:
         """See `tightrope.methods.paf.controls`."""
