@@ -228,7 +228,7 @@ def deepest(program: Program, levels: Mapping[str, float]) -> float:
 def beyond_range(counts: Mapping[str, int]) -> str:
     """The warning of a run in which so many inputs of these ops were outside their calibrated range."""
     where = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
-    return f"values outside the calibrated range, where polynomials may explode: {where}"
+    return f"values outside the calibrated range, where polynomials may explode and products grow: {where}"
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -237,6 +238,62 @@ def test_a_run_in_the_clear_and_a_simulation_count_the_same() -> None:
             counted.append(session.run(2 * x.numpy())[1].config["beyond_range"])
     quadratic, _, cubic = (op.name for op in program.ops if op.kind == "polynomial")
     assert counted[0] == counted[1] and set(counted[0]) == {quadratic, cubic}
+
+
+class Product(nn.Module):
+    """Of the two channels of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.y, self.last = nn.Conv2d(2, 1, 1), nn.Conv2d(2, 1, 1), nn.Conv2d(1, 1, 1)
+        with torch.no_grad():
+            for k, layer in enumerate((self.x, self.y)):
+                layer.weight.copy_(torch.eye(2)[k].reshape(1, 2, 1, 1))
+                layer.bias.zero_()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.last(self.x(z) * self.y(z))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "count"),
+    [(1.5, 0.2, 1), (3.0, 0.5, 1), (1.5, 0.6, 1), (-1.5, 2.0, 2), (1.0, -1.0, 0), (0.2, -1.1, 1)],
+)
+def test_factors_of_a_product_are_counted_that_are_out_of_their_own_range(
+    x: float, y: float, count: int
+) -> None:
+    program = ranges(lower(Product().eval(), (2, 1, 1)), [torch.ones(1, 2, 1, 1)])
+    program = replace(program, ranges={**program.ranges, "input": 4.0})
+    _same_count(program, np.array([x, y]).reshape(1, 2, 1, 1), [count])
+
+
+def test_products_count_every_factor_once_in_a_run_in_the_clear_and_a_simulation() -> None:
+    """Factors of a channel once, not once a pixel; a value times itself once; bootstrapped too."""
+    program, x = calibrated(Squeeze(False), (2, 6, 6))
+    found = _same_count(program, 3 * x.numpy())
+    gated, squared = (found[op.name] for op in program.ops if op.kind == "mul")
+    values: dict[str, Tensor] = {}
+    evaluate(program, 3 * x, lambda op, value, _: values.update({op.name: value}))
+    for number, op in zip((gated, squared), (op for op in program.ops if op.kind == "mul"), strict=True):
+        factors = {name: int((values[name].abs() > program.ranges[name]).sum()) for name in op.inputs}
+        assert number == sum(factors.values()) > 0
+    _same_count(program, 3 * x.numpy(), bootstrap="always", refresh_levels=3)
+
+
+def _same_count(
+    program: Program, x: np.ndarray, counts: list[int] | None = None, **config: Any
+) -> dict[str, int]:
+    """What both count and say, which is the same."""
+    found, said = [], []
+    for runtime in (ToyCKKS(**config), Plain()):
+        with runtime.open(program, "simulate") as session, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found.append(session.run(x)[1].config["beyond_range"])
+        said.append([str(one.message) for one in told])
+    assert found[0] == found[1] and said[0] == said[1]
+    if counts is not None:
+        assert list(found[0].values()) == [count for count in counts if count]
+    return found[0]
 
 
 def test_what_cannot_be_executed_is_refused_by_name() -> None:

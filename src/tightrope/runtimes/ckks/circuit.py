@@ -116,15 +116,29 @@ class Composite(Step):
         return sum(stage.levels for stage in self.stages) + self.gated
 
 
-@dataclass(frozen=True, kw_only=True)
-class Square(Step):
-    """Every slot times itself: one level.
+@dataclass(frozen=True)
+class Within:
+    """Per element, calibrated inputs are at most `reach` from `centre`."""
 
-    centre, reach: per element, calibrated inputs are at most `reach` from `centre`; for a simulation alone.
+    centre: NDArray[np.float64] | float = 0.0
+    reach: NDArray[np.float64] | float = 1.0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Inputs are half the sum of a product's factors, then half their difference; calibrated, each factor is
+    at most 1. repeats: per factor, how often each of its elements stands in a row; of a value times itself
+    once.
     """
 
-    centre: NDArray[np.float64]
-    reach: NDArray[np.float64]
+    repeats: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Step):
+    """Every slot times itself: one level. calibrated: for a simulation alone."""
+
+    calibrated: Within | Factors
     depth: ClassVar[int] = 1
 
 

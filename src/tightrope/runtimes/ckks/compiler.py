@@ -94,7 +94,7 @@ def _step(step: Planned, program: Program, values: dict[str, Value]) -> AnyStep:
     if isinstance(step.what, Squaring):
         return Square(
             name=step.name, sources=step.sources, ops=step.ops, level=level,
-            centre=step.what.centre, reach=step.what.reach,
+            calibrated=step.what.calibrated,
         )  # fmt: skip
     if isinstance(step.what, Polynomial):
         stages = _stages(step.what, program, values[step.sources[0]], values[step.name])

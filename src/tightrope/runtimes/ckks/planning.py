@@ -22,6 +22,7 @@ from tightrope.runtimes.ckks.affine import (
     source,
     spread,
 )
+from tightrope.runtimes.ckks.circuit import Factors, Within
 from tightrope.types import Merge
 
 OPS = frozenset({op.kind for op in MATRICES} | {Polynomial.kind, Mul.kind})
@@ -31,13 +32,9 @@ SMALLEST_SCALE = 2.0**-20  # of values that calibration saw as zero
 
 @dataclass(frozen=True)
 class Squaring:
-    """What is left of a quadratic when the sums before and after it have taken the rest.
+    """What is left of a quadratic or a product when the sums before and after it have taken the rest."""
 
-    centre, reach: per element, what is squared is calibrated for values at most `reach` from `centre`.
-    """
-
-    centre: Vector
-    reach: Vector
+    calibrated: Within | Factors
     levels: int = 1
 
 
@@ -111,7 +108,8 @@ class Plan:
     def _add_square(self, op: Polynomial, inner: Sum) -> None:
         a, shift, rest, scale = _completed(op, self.program)
         reach = _scale(self.program, op.inputs[0]) / scale
-        square = self._squared(op, "shifted", scaled(inner, 1 / scale, shift), Squaring(shift / scale, reach))
+        within = Within(shift / scale, reach)
+        square = self._squared(op, "shifted", scaled(inner, 1 / scale, shift), Squaring(within))
         self.sums[op.name] = Sum({square: sp.diags_array(a * scale**2).tocsr()}, rest)
 
     def _add_product(self, op: Mul) -> None:
@@ -123,10 +121,12 @@ class Plan:
             scaled(spread(self.sums[value], size), np.full(size, 0.5 / scale), np.zeros(size))
             for value, scale in zip(op.inputs, scales, strict=True)
         )
+        sizes = {value: math.prod(self.program.shape(value)) for value in op.inputs}
+        factors = Factors(tuple(size // own for own in sizes.values()))
         terms = {}
         for name, sign in (("plus", 1.0), ("minus", -1.0)):
             part = plus(x, scaled(y, np.full(size, sign), np.zeros(size)))
-            square = self._squared(op, name, part, Squaring(np.zeros(size), np.ones(size)))
+            square = self._squared(op, name, part, Squaring(factors))
             terms[square] = sp.diags_array(np.full(size, sign * math.prod(scales))).tocsr()
         self.sums[op.name] = Sum(terms, np.zeros(size))
 

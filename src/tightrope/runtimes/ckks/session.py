@@ -77,7 +77,8 @@ class SimulatedSession(Books):
     def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
         """(N, *input_shape) -> (N, *output shape) without noise. The measurement's config holds
         `predicted_error`, which the largest error of a real run should stay below, and `beyond_range`, per
-        op that is not linear the number of its inputs outside the calibrated range; a warning tells of them.
+        product and polynomial that is not linear the number of its inputs outside the calibrated range, as
+        `plain` counts them; a warning tells of them.
 
         Raises InputError for an input of another shape or not finite.
         """

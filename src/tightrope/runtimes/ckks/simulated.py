@@ -22,7 +22,16 @@ from numpy.typing import NDArray
 
 from tightrope.errors import ProtocolError
 from tightrope.runtimes.ckks import bootstrapping
-from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh, Square, Stage
+from tightrope.runtimes.ckks.circuit import (
+    Affine,
+    Circuit,
+    Composite,
+    Factors,
+    Refresh,
+    Square,
+    Stage,
+    Within,
+)
 from tightrope.runtimes.ckks.parameters import Parameters
 
 KEY_SIGMA = 3.2  # of the coefficients of a key's noise
@@ -92,6 +101,7 @@ class Simulator:
         self._switching = switching(circuit.parameters)
         self._drift = _drift(circuit.parameters)
         self._generator = np.random.default_rng(0)
+        self._sums: dict[str, NDArray[np.float64]] = {}  # of factors, until their difference is there
         self.beyond: dict[str, int] = {}
 
     def _drawn(self, deviation: float | NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,11 +149,11 @@ class Simulator:
                 noise = x.slots * noise + y * x.noise + self._drawn(self._rounding)
                 y = x.slots * y
             made.append(Simulated(y, level, noise))
-        self._count(step, inputs, 0.0, 1.0)
+        self._count(step, inputs, Within())
         return made
 
     def square(self, step: Square, inputs: Sequence[Simulated]) -> list[Simulated]:
-        self._count(step, inputs, step.centre, step.reach)
+        self._count(step, inputs, step.calibrated)
         made = []
         for x in inputs:
             noise = 2 * x.slots * x.noise + self._drawn(self._rounding)
@@ -161,15 +171,21 @@ class Simulator:
         return made
 
     def _count(
-        self,
-        step: Composite | Square,
-        inputs: Sequence[Simulated],
-        centre: NDArray[np.float64] | float,
-        reach: NDArray[np.float64] | float,
+        self, step: Composite | Square, inputs: Sequence[Simulated], calibrated: Within | Factors
     ) -> None:
         values = self._values[step.sources[0]].layout.unpack(np.stack([x.slots for x in inputs])).reshape(-1)
-        inside, op = np.abs(values - centre) <= reach + EDGE, step.ops[-1]
-        self.beyond[op] = self.beyond.get(op, 0) + int((~inside).sum())
+        op = step.ops[-1]
+        if isinstance(calibrated, Within):
+            self._add(op, values - calibrated.centre, calibrated.reach)
+        elif op not in self._sums:
+            self._sums[op] = values
+        else:
+            half = self._sums.pop(op)
+            for factor, every in zip((half + values, half - values), calibrated.repeats, strict=False):
+                self._add(op, factor[::every], 1.0)
+
+    def _add(self, op: str, values: NDArray[np.float64], reach: NDArray[np.float64] | float) -> None:
+        self.beyond[op] = self.beyond.get(op, 0) + int((~(np.abs(values) <= reach + EDGE)).sum())
 
     def _spend(self, step: str, level: int, levels: int) -> int:
         if level < levels:
