@@ -229,6 +229,19 @@ def test_what_waits_to_be_merged_takes_a_level_once_it_is_read():
     assert levels(square) == 2 and levels(conv, square, square, conv) == 5  # a sum between two squares
 
 
+@pytest.mark.parametrize(("degree", "levels"), [(0, 2), (1, 2), (2, 3), (3, 4)])
+def test_a_layer_is_made_while_the_sum_that_reads_it_waits_for_another_input(degree: int, levels: int):
+    conv, join, last = (Action("", n, merge=merge) for n, merge in ((1, "layer"), (0, "sum"), (1, "layer")))
+    power = Action("", degree)
+    nodes = [
+        Node("branch", ("",), (conv,)),
+        Node("late", ("",), (power,)),
+        Node("join", ("branch", "late"), (join,)),
+        Node("last", ("join",), (last,)),
+    ]
+    assert frontier(nodes, Chain(top=20), "levels")[0].levels == levels
+
+
 def test_equal_sums_are_equal_in_any_order():
     """0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in the last bit of a float: that is no gain."""
 

@@ -38,7 +38,8 @@ class Action:
 
     none    reads ciphertexts and makes one; sums that it reads are made then, for whatever reads them later
     layer   merges with sums, but not with another layer, which is made first; its result is a layer
-    sum     a linear map beside layers, as a pool or a residual sum: merges with everything
+    sum     a linear map beside layers, as a pool or a residual sum: merges with everything. Layers beside an
+            input with no more levels left are made first, which takes none: its result holds no layer then
     same    its input in another shape
     square  of a sum made for it alone, which leaves a sum; of a ciphertext, with a level more, a ciphertext
     product of two values: squares of sums that are made for it alone; it leaves a sum
@@ -56,7 +57,10 @@ class Action:
     def read(self, values: Sequence[Value]) -> tuple[int, list[Value], Form]:
         """The highest level at which it can run, what becomes of its inputs, and what its result is."""
         forms = {form for _, form in values}
-        merged = "layer" in forms
+        layers = [level for level, form in values if form == "layer"]
+        others = [level for level, form in values if form != "layer"]
+        waits = self.merge == "sum" and bool(layers and others) and min(others) <= min(layers)
+        merged = bool(layers) and not waits
         if self.merge == "none" or (self.merge == "layer" and merged):
             values = [_made(value) for value in values]
         own = self.merge in ("square", "product") or (self.merge == "sum" and merged)  # level of its sum

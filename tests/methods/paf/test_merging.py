@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ckks_toys import ToyCKKS
 from networks import images, settle
 from tightrope.errors import BudgetError, BundleError
 from tightrope.graph import trace
 from tightrope.lower import lower
 from tightrope.methods.paf import PafMethod
+from tightrope.nn import PolynomialActivation
 from tightrope.place import place
 from tightrope.program import Program
 from tightrope.runtimes.ckks import CKKS
 from tightrope.runtimes.ckks.planning import plan
-from tightrope.runtimes.plain import ranges
+from tightrope.runtimes.plain import evaluate, ranges
 from tightrope.solve.select import price, select
 from tightrope.types import Budget, Cost, Problem, Step, Table
 
@@ -54,6 +56,26 @@ class Random(nn.Module):
         return values[-1]
 
 
+class Shared(nn.Module):
+    """An activation after an activation; other branches read what the first one reads, and it may be a layer
+    or not: `first`. `join`: it is also added to what the activations make of it, which comes later."""
+
+    def __init__(self, first: nn.Module, join: bool) -> None:
+        super().__init__()
+        self.first, self.join = first, join
+        self.r1, self.r2, self.r3 = (nn.ReLU() for _ in range(3))
+        self.c, self.last = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x)
+        late = self.r2(self.r1(a))
+        return self.last((late + a if self.join else late) + self.r3(self.c(a)))
+
+
+def shared(first: str, join: bool) -> nn.Module:
+    return Shared(nn.AvgPool2d(3, 1, 1) if first == "pool" else nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), join)
+
+
 def depth(program: Program, squares: bool) -> int:
     steps = plan(program.public(), squares)
     steps.materialise(program.output)
@@ -69,11 +91,13 @@ def everything(problem: Problem) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("squares", [True, False])
-@pytest.mark.parametrize("seed", range(4))
-def test_no_choice_within_the_levels_loses_less(seed: int, squares: bool) -> None:
+@pytest.mark.parametrize("made", [*range(4), *itertools.product(("pool", "conv"), (False, True))])
+def test_no_choice_within_the_levels_loses_less(made: int | tuple[str, bool], squares: bool) -> None:
+    seed = made if isinstance(made, int) else 0
     torch.manual_seed(seed)
     rng, runtime = np.random.default_rng(seed), CKKS(squares=squares)
-    net, data = settle(nn.Sequential(Random(rng, sites=3), nn.Conv2d(WIDTH, 1, 3))), images(SHAPE)
+    first = Random(rng, sites=3) if isinstance(made, int) else shared(*made)
+    net, data = settle(nn.Sequential(first, nn.Conv2d(WIDTH, 1, 3))), images(SHAPE)
     graph, method = trace(net, SHAPE), PafMethod(samples=8, batch_size=8, polynomials="degree [123]")
     problem = method.measure(graph, data, cost=runtime.pricing(), workdir=None, progress=lambda *_: None)
     losses = (rng.integers(0, 100, (1, len(t.labels))).astype(np.float64) for t in problem.tables)
@@ -120,3 +144,28 @@ def test_how_steps_merge_is_saved_and_checked(tmp_path: Path) -> None:
     assert [price(older, {"b": np.array([k])}).cost.ckks_levels for k in range(3)] == [3, 2, 1]
     with pytest.raises(BundleError, match="damaged"):
         with_path([["a", [""], 1, ["somehow"]], ["b", ["a"], 0]])
+
+
+@pytest.mark.parametrize(
+    ("first", "join", "degrees", "levels"),
+    [
+        ("pool", False, (2, 3, 15), 6),  # the convolution that also reads the pool merges with it, else 7
+        ("conv", True, (2, 3, 3), 6),  # the first convolution waits to be added; `last` merges with the sum
+        ("conv", True, (2, 3, 1), 6),  # as do the other two, made while the activations take their levels
+    ],
+)
+def test_what_a_quadratic_reads_stays_a_sum_for_others(
+    first: str, join: bool, degrees: tuple[int, ...], levels: int
+) -> None:
+    torch.manual_seed(0)
+    net = shared(first, join)
+    for site, degree in zip(("r1", "r2", "r3"), degrees, strict=True):
+        stage = [0.1, 0.5, 0.25, *[0.01] * degree][: degree + 1]
+        setattr(net, site, PolynomialActivation([stage], gated=False))
+    x = torch.randn(8, *SHAPE)
+    program = ranges(lower(net.eval(), SHAPE), [x])
+    assert depth(program, True) == CKKS().exact(program.public()).ckks_levels == levels
+    with ToyCKKS().open(program, "simulate") as session:
+        found, measured = session.run(x.numpy())
+    assert measured.total.ckks_levels == measured.config["levels_planned"] == levels
+    np.testing.assert_allclose(found, evaluate(program, x).numpy(), atol=1e-11)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -56,23 +57,28 @@ class Planned:
 @dataclass
 class Plan:
     """Sums are merged until a polynomial, the output or a second layer needs the value itself; what was
-    merged before then stays so.
+    merged before then stays so. A sum of layers and of what comes later waits for that, not for a level of
+    its own: it reads the layers made, at no level, so that it merges with the next layer.
 
     A polynomial of degree 1 is a part of the sums around it.
-    squares: the quadratics a x^2 + b x + c that become a square, one level instead of two: the sum before
-    adds b / 2a, the one after multiplies by a and adds the rest. Values of it are of magnitude one: `unit`.
+    squares: whether quadratics a x^2 + b x + c whose results sums read become a square, one level instead of
+    two: the sum before adds b / 2a, the one after multiplies by a and adds the rest. Values of it are of
+    magnitude one: `unit`. Any quadratic then leaves what it reads as it was for the sums that read it later:
+    the levels that those take do not depend on who reads the quadratic.
     """
 
     program: Program
-    squares: frozenset[str]
+    squares: bool
     steps: list[Planned] = field(default_factory=list)
     sums: dict[str, Sum] = field(default_factory=dict)
     real: dict[str, tuple[Shape, int]] = field(default_factory=dict)  # values in ciphertexts: shape, depth
     unit: set[str] = field(default_factory=set)
     pending: list[str] = field(default_factory=list)  # linear ops that no step executes yet
     order: dict[str, int] = field(init=False)  # of the ops
+    in_sums: frozenset[str] = field(init=False)  # values that sums read
 
     def __post_init__(self) -> None:
+        self.in_sums = _in_sums(self.program, self.squares)
         self.order = {op.name: k for k, op in enumerate(self.program.ops)}
 
     def add(self, op: Op) -> None:
@@ -80,10 +86,10 @@ class Plan:
             inner = self.sums[op.inputs[0]]
             if is_linear(op):
                 self._add_linear(op, inner)
-            elif op.name in self.squares and inner.copy_of is None:
+            elif self._squares(op) and op.name in self.in_sums and inner.copy_of is None:
                 self._add_square(op, inner)
             else:
-                made = self.materialise(op.inputs[0])
+                made = (self._beside if self._squares(op) else self.materialise)(op.inputs[0])
                 self.pending.append(op.name)
                 self._emit(op.name, (made,), op, self.real[made][1] + op.levels, op.shape)
             return
@@ -95,8 +101,24 @@ class Plan:
             for value in op.inputs:
                 self.materialise(value)
             inputs = [self.sums[value] for value in op.inputs]
+        elif self._waits(inputs):
+            inputs = [
+                self._source(self._beside(value)) if inner.dense else inner
+                for value, inner in zip(op.inputs, inputs, strict=True)
+            ]
         self.pending.append(op.name)
         self.sums[op.name] = compose(op, self.program, inputs)
+
+    def _waits(self, inputs: Sequence[Sum]) -> bool:
+        """Whether the layers among these can be made before the others are there: then a sum of them all is
+        none that holds a layer, and it merges with the next."""
+        depths = [(part.dense, max(self.real[name][1] for name in part.terms)) for part in inputs]
+        layers = max((depth for dense, depth in depths if dense), default=-1)
+        others = max((depth for dense, depth in depths if not dense), default=-1)
+        return 0 <= layers < others
+
+    def _squares(self, op: Polynomial) -> bool:
+        return self.squares and is_quadratic(op)
 
     def _add_linear(self, op: Polynomial, inner: Sum) -> None:
         """A factor and a constant of a sum that is made anyway: no level, and the step is the layer's."""
@@ -142,6 +164,8 @@ class Plan:
 
     def materialise(self, value: str) -> str:
         """The name of the value in ciphertexts that equals `value`, after a step makes it if none did."""
+        if value in self.real:
+            self.sums[value] = self._source(value)
         total = self.sums[value]
         if total.copy_of is not None:
             return total.copy_of
@@ -151,6 +175,13 @@ class Plan:
         depth = max(self.real[name][1] for name in sources) + 1
         self._emit(value, sources, total, depth, self.program.shape(value))
         return value
+
+    def _beside(self, value: str) -> str:
+        """As `materialise`, but sums that read it later still merge with what it was."""
+        total = self.sums[value]
+        made = self.materialise(value)
+        self.sums[value] = total
+        return made
 
     def _emit(
         self, name: str, sources: tuple[str, ...], what: Sum | Polynomial | Squaring, depth: int, shape: Shape
@@ -162,7 +193,11 @@ class Plan:
 
     def start(self, name: str, shape: Shape, depth: int) -> None:
         self.real[name] = (shape, depth)
-        self.sums[name] = source(name, math.prod(shape))
+        self.sums[name] = self._source(name)
+
+    def _source(self, name: str) -> Sum:
+        """Of a value in ciphertexts."""
+        return source(name, math.prod(self.real[name][0]))
 
 
 def _completed(op: Polynomial, program: Program) -> tuple[Vector, Vector, Vector, Vector]:
@@ -246,20 +281,19 @@ def plan(program: Program, squares: bool) -> Plan:
     """The steps and the levels that each spends. Raises TraceError for an op outside the runtime."""
     for op in program.ops:
         check(op)
-    planned = Plan(program, _squares(program) if squares else frozenset())
+    planned = Plan(program, squares)
     planned.start(Program.INPUT, program.input_shape, 0)
     for op in program.ops:
         planned.add(op)
     return planned
 
 
-def _squares(program: Program) -> frozenset[str]:
-    """The quadratics that become squares: a sum takes what is left of them."""
-    in_sums, found = set[str](), set[str]()
+def _in_sums(program: Program, squares: bool) -> frozenset[str]:
+    """The values of which a sum takes what is left of a square."""
+    found = set[str]()
     for op in reversed(program.ops):
-        if is_quadratic(op) and op.name in in_sums:
-            found.add(op.name)
-        elif isinstance(op, Polynomial) and not is_linear(op):
+        whole = not (squares and is_quadratic(op) and op.name in found)
+        if isinstance(op, Polynomial) and not is_linear(op) and whole:
             continue  # it reads the value itself
-        in_sums.update(op.inputs)
+        found.update(op.inputs)
     return frozenset(found)
