@@ -227,11 +227,14 @@ class PlainSession:
     def run(self, x: NDArray[Any]) -> tuple[NDArray[np.float64], Measurement]:
         """(N, *input_shape) -> (N, *output shape) and what each op took. The measurement's config holds
         `beyond_range`, per product and polynomial that is not linear the number of its inputs outside their
-        calibrated range; a warning tells of them.
+        calibrated range (of products only where nothing compares: scales are fixed there); a warning tells.
         """
         self.program.check_input(x)
         traces: list[OpTrace] = []
-        found = {op.name: 0 for op in self.program.ops if _grows(op)}
+        scaled = not any(base_cost(op).drelus for op in self.program.ops)
+        found = {
+            op.name: 0 for op in self.program.ops if _grows(op) and (scaled or isinstance(op, Polynomial))
+        }
 
         def count(name: str, value: Tensor) -> None:
             readers = [op.name for op in self.program.ops if op.name in found and name in op.inputs]
