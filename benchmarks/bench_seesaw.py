@@ -2,9 +2,11 @@
 
 All four are trained anew by one recipe with the demo network as teacher, so that only what was chosen
 differs, and compared on test images. Without --full: a small space, few images and two seeds, to see whether
-the script works and which way it points.
+the script works and which way it points. With it: a small space and part of the training images, so that two
+slow cores need about an hour. Times under mpc need an otherwise idle machine and so a run of their own.
 
-    python benchmarks/bench_seesaw.py [--full]       # resumes when interrupted
+    python benchmarks/bench_seesaw.py [--full]              # resumes when interrupted
+    python benchmarks/bench_seesaw.py [--full] --times      # of the networks found
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ class Size:
 
     @property
     def words(self) -> str:
-        return f", reduced: {self.recipe.limit:,} images" if self.recipe.limit else ""
+        images = f"{self.recipe.limit:,}" if self.recipe.limit else "all"
+        return f", {self.recipe.epochs:g} epochs of {images} images"
 
 
 REDUCED = Size(
@@ -83,10 +86,20 @@ REDUCED = Size(
 )
 FULL = Size(
     "fashion-mnist",
-    SeesawMethod(space="2,2,2", width=8, epochs=20, limit=16000, keep=4, branches=3, samples=512, recovery=0),
-    (8000, 16000, 32000),
+    SeesawMethod(
+        space="2,2,2",
+        width=4,
+        epochs=4,
+        limit=9600,
+        keep=3,
+        branches=3,
+        samples=512,
+        recovery=0,
+        operators="skip,conv_1,conv_3,sep_conv_3,dil_conv_3,conv_3x1_1x3,conv_7x1_1x7,van_conv_3",
+    ),
+    (4000, 8000, 14000),
     3,
-    Recipe(epochs=8, lr=0.1, ema=0.998),
+    Recipe(epochs=5, limit=10000, lr=0.1, ema=0.99),
 )
 
 
@@ -291,7 +304,6 @@ def rows(results: Mapping[Job, Json], size: Size, data: Data, work: Path) -> lis
             holds = margin >= 0.005 or 0 < 2 * error <= margin
             bar = f"drelus<={limit}: points above {name} (bar: 0.5, or 2 standard errors){where}"
             found.append(row(bar, 100 * margin, "points", holds))
-        found += timed(size, learned, data, limit)
     return found
 
 
@@ -311,14 +323,9 @@ def timed(size: Size, learned: Learned, data: Data, limit: int) -> list[Json]:
     median = statistics.median(times[WARM_UP:])
     off, more = abs(median / predicted.online_ms - 1), drelus - learned.predicted.drelus
     return [
-        row(f"drelus<={limit}: online time under mpc, median of {RUNS - WARM_UP}{size.words}", median, "ms"),
-        row(
-            f"drelus<={limit}: predicted online time, off by (bar: 15 %){size.words}",
-            100 * off,
-            "%",
-            off <= 0.15,
-        ),
-        row(f"drelus<={limit}: executed minus planned DReLUs{size.words}", more, "DReLUs", more == 0),
+        row(f"drelus<={limit}: online time under mpc, median of {RUNS - WARM_UP}", median, "ms"),
+        row(f"drelus<={limit}: predicted online time, off by (bar: 15 %)", 100 * off, "%", off <= 0.15),
+        row(f"drelus<={limit}: executed minus planned DReLUs", more, "DReLUs", more == 0),
     ]
 
 
@@ -328,29 +335,37 @@ def _variance(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--full", action="store_true", help="full Fashion-MNIST, three seeds")
+    parser.add_argument("--full", action="store_true", help="three stages, Fashion-MNIST, three seeds")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_seesaw"))
-    parser.add_argument("--train", action="store_true", help="no times, no rows: the next run has them")
+    parser.add_argument("--train", action="store_true", help="no rows: the next run has them")
+    parser.add_argument("--times", action="store_true", help="only times, of networks found before")
     options = parser.parse_args()
     size = FULL if options.full else REDUCED
     options.work.mkdir(parents=True, exist_ok=True)
     data = datasets.load(size.data)
-    jobs = [Job(limit, name, s) for limit in size.budgets for name in NETWORKS for s in range(size.seeds)]
+    command = "python benchmarks/bench_seesaw.py" + (" --full" if options.full else "")
+    name = "seesaw" if options.full else "seesaw_reduced"
+    torch.set_num_threads(1)
+    if options.times:
+        found = [r for n in size.budgets for r in timed(size, searched(n, size, options.work), data, n)]
+        write(f"{name}_times", [{"issue": 6, "command": f"{command} --times", **r} for r in found])
+        return
     context = multiprocessing.get_context("spawn")
     results: dict[Job, Json] = {}
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-        for future in [pool.submit(searched, limit, size, options.work) for limit in size.budgets]:
-            print(future.result().shown[0].rows, flush=True)
-        waiting = {pool.submit(trained, job, size, options.work): job for job in jobs}
+        searches = {pool.submit(searched, limit, size, options.work): limit for limit in size.budgets}
+        waiting = {}
+        for search in as_completed(searches):
+            limit = searches[search]
+            print(limit, search.result().shown[0].rows, flush=True)
+            jobs = [Job(limit, network, s) for s in range(size.seeds) for network in NETWORKS]
+            waiting |= {pool.submit(trained, job, size, options.work): job for job in jobs}
         for future in as_completed(waiting):
             results[waiting[future]] = future.result()
             print(waiting[future], future.result(), flush=True)
     if options.train:
         return
-    torch.set_num_threads(1)
-    command = "python benchmarks/bench_seesaw.py" + (" --full" if options.full else "")
-    name = "seesaw" if options.full else "seesaw_reduced"
     write(name, [{"issue": 6, "command": command, **r} for r in rows(results, size, data, options.work)])
 
 

@@ -6,12 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
 
 from methods.seesaw.small import DATA, SHAPE
 from networks import settle
 from tightrope.lower import lower
 from tightrope.methods.seesaw import SeesawMethod
-from tightrope.methods.seesaw.decide import Judge, Wanted, expendable, importances, project, prune
+from tightrope.methods.seesaw.decide import (
+    Judge,
+    Wanted,
+    expendable,
+    importances,
+    project,
+    prune,
+    sensitivities,
+)
 from tightrope.methods.seesaw.decide import settle as set_options
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.objectives import Dual, Reference, learned
@@ -216,6 +226,36 @@ def test_the_last_operator_is_never_offered():
     assert expendable(mixture, felt, {0: 2.0, 3: 1.0}).keys() == {3}
     mixture.drop(3)
     assert importances(mixture, Judge(net, batches())) == {}
+
+
+def test_sensitivities_rank_operators_as_measured_losses_do():
+    """After a little training, as when operators go; one backward pass against a forward pass each."""
+    net = a_net()
+    judge = Judge(net, [next(DATA.batches("validation", 96))])
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.05, 0.9)
+    for x, y in DATA.batches("train", 32, shuffle=True):
+        set_options(net)
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(net(x), y))
+        optimizer.step()
+    set_options(net)
+    estimated = sensitivities(net, judge.batches, 96)
+    assert all(m.gates is None for m in net.mixtures)
+    for mixture, felt in zip(net.mixtures, estimated, strict=True):
+        measured = importances(mixture, judge)
+        assert felt.keys() == measured.keys() == set(range(len(LOW_MEMORY)))
+        assert spearmanr([felt[k] for k in measured], [*measured.values()]).statistic > 0.8
+
+
+def test_a_gate_of_zero_is_an_operator_less():
+    mixture, x = a_net().mixtures[0], torch.randn(4, 8, 8, 8)
+    whole = mixture(x)
+    mixture.gates = torch.ones(4, len(mixture.picked))
+    torch.testing.assert_close(mixture(x), whole)
+    mixture.gates[:, 2] = 0
+    gated = mixture(x)
+    mixture.gates, mixture.picked = None, [k for k in mixture.alive if k != 2]
+    torch.testing.assert_close(gated, mixture(x))
 
 
 def test_a_judge_leaves_statistics_and_modes_alone():

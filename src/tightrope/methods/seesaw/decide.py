@@ -80,6 +80,41 @@ def importances(mixture: Mixture, judge: Callable[[], float]) -> dict[int, float
     return felt
 
 
+def sensitivities(
+    net: Supernet, batches: Sequence[tuple[Tensor, Tensor]], size: int
+) -> list[dict[int, float]]:
+    """About `importances` of every mixture, by one backward pass over the images, `size` at a time.
+
+    With a gate of 1 on the share s_k of each branch, the shares renormalised, an image's loss grows by
+    d_k = -dL/dg_k / (1 - s_k) to first order when branch k goes (Molchanov et al., Importance Estimation for
+    Neural Network Pruning, CVPR 2019, equation 8, with its sign: most operators do no harm, some do). Half
+    the mean of d_k^2 is the second order, with the Fisher's in the place of the Hessian (Theis et al. 2018).
+    """
+    growth = [torch.zeros(len(m.picked), device=m.weights.device) for m in net.mixtures]
+    rests = [(1 - m.coefficients().detach()).clamp_min(LEAST) for m in net.mixtures]
+    parts = [
+        part for x, y in batches for part in zip(torch.split(x, size), torch.split(y, size), strict=True)
+    ]
+    try:
+        with batch_statistics(net):
+            for x, y in parts:
+                for m in net.mixtures:
+                    m.gates = torch.ones(len(x), len(m.picked), device=x.device, requires_grad=True)
+                loss = F.cross_entropy(net(x).float(), y, reduction="sum")
+                slopes = torch.autograd.grad(loss, [m.gates for m in net.mixtures if m.gates is not None])
+                for total, slope, rest in zip(growth, slopes, rests, strict=True):
+                    step = -slope / rest
+                    total += (step + 0.5 * step.square()).sum(0)
+    finally:
+        for m in net.mixtures:
+            m.gates = None
+    seen = sum(len(y) for _, y in parts)
+    return [
+        dict(zip(m.picked, (total / seen).tolist(), strict=True))
+        for m, total in zip(net.mixtures, growth, strict=True)
+    ]
+
+
 def expendable(mixture: Mixture, felt: dict[int, float], worth: Mapping[int, float]) -> dict[int, float]:
     """`felt` without the real operator of the greatest `worth`, so that one is always left."""
     real = [k for k in mixture.alive if mixture.names[k] != "none"]

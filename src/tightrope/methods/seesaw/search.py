@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from tightrope.checkpoint import Checkpoint
 from tightrope.data import Data
 from tightrope.errors import InputError
 from tightrope.methods import Progress
-from tightrope.methods.seesaw.decide import expendable, importances, settle
+from tightrope.methods.seesaw.decide import Judge, expendable, sensitivities, settle
 from tightrope.methods.seesaw.objectives import Dual, Reference, learned
 from tightrope.methods.seesaw.supernet import Supernet
 from tightrope.shard import Shard
@@ -62,7 +62,7 @@ class Search:
     shard: Shard
     progress: Progress
     choose_weights: bool
-    judge: Callable[[], float]
+    judge: Judge
     epoch: int = 0
 
     def __post_init__(self) -> None:
@@ -163,9 +163,10 @@ class Search:
                 fix=f"--set lr=VALUE below {self.settings.lr:g}",
             )
         self.net.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        torch.autograd.backward(loss, inputs=trained)
         if self.shard.world > 1:
-            self._average([p for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
+            self._average([p for p in trained if p.grad is not None])
         optimizer.step()
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
@@ -176,17 +177,18 @@ class Search:
             p.grad = part.view_as(p)
 
     def _shrink(self) -> None:
-        """Fewer operators in every block: those go whose absence is felt least, all weights renormalised."""
+        """Fewer operators in every block: those go that the loss is least sensitive to."""
         every, settings = len(self.net.space.operators), self.settings
         share = min(1.0, self.epoch / max(SHRUNK * settings.epochs, 1))
         target = max(settings.keep, round(every * (min(settings.keep, every) / every) ** share))
-        for mixture in self.net.mixtures:
-            if len(mixture.alive) > target:
-                settle(self.net)
-                found = importances(mixture, self.judge)
-                felt = expendable(mixture, found, found)
-                for k in sorted(felt, key=lambda k: felt[k])[: len(mixture.alive) - target]:
-                    mixture.drop(k)
+        if all(len(mixture.alive) <= target for mixture in self.net.mixtures):
+            return
+        settle(self.net)
+        found = sensitivities(self.net, self.judge.batches, self.settings.batch_size)
+        for mixture, felt in zip(self.net.mixtures, found, strict=True):
+            rest = expendable(mixture, felt, felt)
+            for k in sorted(rest, key=lambda k: rest[k])[: max(0, len(mixture.alive) - target)]:
+                mixture.drop(k)
 
     def _batches(self, split: str, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         s, shard = self.settings, self.shard

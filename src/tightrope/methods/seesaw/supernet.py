@@ -54,7 +54,10 @@ class Choice(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Branches of one input, added with softmax weights over those that are `picked` out of the `alive`."""
+    """Branches of one input, added with softmax weights over those that are `picked` out of the `alive`.
+
+    `gates` (N, picked), where there are any, multiply the weights of every image before they add up to 1.
+    """
 
     def __init__(self, branches: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -62,6 +65,7 @@ class Mixture(nn.Module):
         self.weights = nn.Parameter(torch.rand(len(branches)) * 1e-3)
         self.alive = list(range(len(branches)))
         self.picked = self.alive
+        self.gates: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,11 +89,15 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         coefficients, branches = self.coefficients(), list(self.branches.values())
-        y = torch.zeros_like(x)
-        for weight, k in zip(coefficients, self.picked, strict=True):
+        if self.gates is not None:
+            coefficients = coefficients * self.gates
+            coefficients = coefficients / coefficients.sum(1, keepdim=True)
+        y: Tensor | None = None
+        for weight, k in zip(coefficients.unbind(-1), self.picked, strict=True):
             if not isinstance(branches[k], Nothing):
-                y = y + weight * branches[k](x)
-        return y
+                part = weight.view(-1, 1, 1, 1) * branches[k](x)
+                y = part if y is None else y + part
+        return torch.zeros_like(x) if y is None else y
 
 
 class Nothing(nn.Module):
