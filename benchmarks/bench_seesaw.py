@@ -220,11 +220,12 @@ def searched(limit: int, size: Size, work: Path) -> Learned:
     path = work / f"{size.key}-{limit}"
     if not path.with_suffix(".json").exists():
         torch.set_num_threads(1)
+        path.mkdir(exist_ok=True)
         data = datasets.load(size.data)
         graph = trace(models.resolve("demo"), data.input_shape)
         learned = size.method.learn(
             graph, data, task=None, budget=Budget.parse(f"drelus<={limit}"), cost=MPC().pricing(),
-            shard=launch(accelerator=ACCELERATOR),
+            workdir=path, shard=launch(accelerator=ACCELERATOR),
         )  # fmt: skip
         save_file({k: v.contiguous() for k, v in learned.tensors.items()}, path.with_suffix(".safetensors"))
         said = {"choices": learned.choices, "predicted": asdict(learned.predicted),
@@ -359,8 +360,11 @@ def main() -> None:
         for search in as_completed(searches):
             limit = searches[search]
             print(limit, search.result().shown[0].rows, flush=True)
-            jobs = [Job(limit, network, s) for s in range(size.seeds) for network in NETWORKS]
+            jobs = [Job(limit, network, 0) for network in NETWORKS]
             waiting |= {pool.submit(trained, job, size, options.work): job for job in jobs}
+        seeds = range(1, size.seeds)  # the first one of everything before the others
+        jobs = [Job(limit, network, s) for s in seeds for limit in size.budgets for network in NETWORKS]
+        waiting |= {pool.submit(trained, job, size, options.work): job for job in jobs}
         for future in as_completed(waiting):
             results[waiting[future]] = future.result()
             print(waiting[future], future.result(), flush=True)
