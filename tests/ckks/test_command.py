@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def polynomials(monkeypatch: pytest.MonkeyPatch) -> Any:
     return give
 
 
+@pytest.fixture
+def own(searched: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle, for runs that keep their measurement."""
+    return Path(shutil.copytree(searched, tmp_path / "own"))
+
+
 def test_simulation_shows_parameters_first_and_keeps_no_measurement(
     polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,33 +82,33 @@ def test_an_estimate_tells_memory_and_levels(
 
 
 def test_bootstraps_are_shown_before_and_after_a_run(
-    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    polynomials: Any, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), layers=3))
     always = (*RUN, "--bootstrap", "always", "--refresh-levels", "3")
-    assert call(monkeypatch, "run", searched, *always, "--estimate", "--json") == 0
+    assert call(monkeypatch, "run", own, *always, "--estimate", "--json") == 0
     about = json.loads(capsys.readouterr().out)["about"]
     found = re.search(r"(\d+) bootstraps \(after ([\w, ]+)\) with keys", about)
     assert found is not None and int(found[1]) == len(found[2].split(", ")) > 0
-    assert call(monkeypatch, "run", searched, *always, "--mode", "simulate") == 0
+    assert call(monkeypatch, "run", own, *always, "--mode", "simulate") == 0
     said = f"bootstraps of ciphertexts, per image: {found[1]} planned, {found[1]} executed"
     shown = capsys.readouterr().out
     assert said in shown and "of the polynomials alone" not in shown
-    assert call(monkeypatch, "run", searched, "--runtime", "plain") == 0
+    assert call(monkeypatch, "run", own, "--runtime", "plain") == 0
     shown = capsys.readouterr().out
     assert "levels: of the polynomials alone" in shown and "bootstraps" not in shown
 
 
 def test_values_beyond_the_calibrated_range_are_counted_and_warned_of(
-    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    polynomials: Any, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), largest=0.3))
-    assert call(monkeypatch, "run", searched, *RUN, "--mode", "simulate", "--json") == 0
+    assert call(monkeypatch, "run", own, *RUN, "--mode", "simulate", "--json") == 0
     captured = capsys.readouterr()
     assert captured.err.count("warning: values outside the calibrated range") == 1
     simulated = json.loads(captured.out)["measurement"]["config"]["beyond_range"]
     assert sum(simulated.values()) > 0
-    assert call(monkeypatch, "run", searched, "--runtime", "plain", "--json") == 0
+    assert call(monkeypatch, "run", own, "--runtime", "plain", "--json") == 0
     captured = capsys.readouterr()
     assert captured.err.count("warning: values outside the calibrated range") == 1
     assert json.loads(captured.out)["measurement"]["config"]["beyond_range"] == simulated
