@@ -98,7 +98,7 @@ def test_inference_without_the_dealer_costs_what_was_predicted(stocked: Deployme
 def test_the_files_are_as_long_as_predicted(stocked: Deployment) -> None:
     schedule = compile_program(stocked.program, MPC())
     for role in ("client", "server"):
-        files = list((stocked.home / f"stock-{role}").rglob("00000*"))
+        files = [f for f in (stocked.home / f"stock-{role}").rglob("00000*") if f.is_file()]
         assert len(files) == 4
         assert {f.stat().st_size for f in files} == {supply.batch_bytes(schedule, 1, role)}  # type: ignore[arg-type]
 
@@ -270,6 +270,7 @@ def test_no_two_batches_share_a_seed_and_the_client_gets_none_of_the_weights(tmp
         f.read_bytes()[:32]
         for role in ("client", "server")
         for f in (tmp_path / f"stock-{role}").rglob("00*")
+        if f.is_file()  # a batch's random name may begin so too
     ]
     assert len(seeds) == len(set(seeds)) == 10
     texts = {
