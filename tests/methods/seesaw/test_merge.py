@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from networks import NETWORKS, Chain, conv, gap, settle
+from tightrope.errors import TraceError
 from tightrope.lower import lower
+from tightrope.methods.seesaw import merge as merging
 from tightrope.methods.seesaw.merge import merge
 from tightrope.methods.seesaw.network import Sum, assemble
 from tightrope.methods.seesaw.operators import ALL, BORDERS, build, extent
@@ -165,3 +167,29 @@ def test_values_that_others_read_are_kept():
             return self.b(y) + y.relu() + x + 1.0
 
     assert convolutions(merged(Fork(), (2, 6, 6)), (2, 6, 6)) == 3  # two, and the constant's
+
+
+@pytest.mark.parametrize(("wrong", "refused"), [(2e-4, True), (5e-5, False)])
+def test_a_merge_that_is_wrong_by_more_than_rounding_is_refused(wrong, refused, monkeypatch):
+    """In absolute terms, however large the outputs are; here about 100."""
+    net = settle(Chain(conv(3, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
+    with torch.no_grad():
+        net.parts[2].bias.fill_(100.0)
+
+    def shifted(one, two, right=merging.composed):
+        whole = right(one, two)
+        return replace(whole, bias=whole.bias + wrong)
+
+    monkeypatch.setattr(merging, "composed", shifted)
+    if refused:
+        with pytest.raises(TraceError, match="outputs apart by 0.0002"):
+            merge(net, (3, 6, 6), ops)
+    else:
+        assert convolutions(merge(net, (3, 6, 6), ops), (3, 6, 6)) == 1
+
+
+def test_rounding_of_enormous_outputs_is_no_difference():
+    net = settle(Chain(conv(3, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
+    with torch.no_grad():
+        net.parts[2].weight.mul_(1e6)
+    assert convolutions(merge(net, (3, 6, 6), ops), (3, 6, 6)) == 1
