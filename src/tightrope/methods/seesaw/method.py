@@ -239,7 +239,7 @@ class SeesawMethod:
             epochs=self.epochs, batch_size=self.batch_size, limit=self.limit, lr=self.lr,
             lr_choice=self.lr_choice, momentum=0.9, weight_decay=1e-4 if dual else 4e-5, cosine=dual,
             choice_betas=(0.5, 0.999) if dual else (0.0, 0.999), choice_decay=0.0 if dual else 0.01,
-            branches=self.branches if dual else 0, keep=self.keep, distill=self.distill,
+            branches=self.branches if dual else 0, shrink=dual, keep=self.keep, distill=self.distill,
             smoothing=0.0 if dual else 0.1, variance=self.variance, precision=self.precision, seed=self.seed,
         )  # fmt: skip
         search = Search(

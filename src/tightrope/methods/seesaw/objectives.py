@@ -50,7 +50,8 @@ class Reference:
     """The release's regulariser: 0.05 |L + N - R| / R + 0.01 |L - N| / N, R a fifth of the largest L + N.
 
     L are multiplications by its rate, not by the size of maps or groups as it counts them; N expected ReLUs.
-    Unlike in the release, both have a gradient.
+    Unlike in the release, both have a gradient: of gates in a step of these, and of the operators' weights in
+    a step of all weights.
     """
 
     net: Supernet
@@ -58,7 +59,6 @@ class Reference:
     multiplier: float = 0.0
 
     def penalty(self) -> Tensor:
-        self.done += 1
         rates, space = PublishedRates(), self.net.space
         per_relu = rates.per_relu_online_ms + rates.per_relu_offline_ms
         linear, most = torch.zeros(()), 0.0

@@ -29,7 +29,9 @@ LATE = 0.75  # share of the epochs after which branch weights are driven apart, 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to train. `branches`: operators of a block in one step, 0 for all. `limit`: images per epoch."""
+    """How to train. `branches`: operators of a block in one step, 0 for all. `limit`: images per epoch.
+    `shrink`: whether operators go after every epoch, until `keep` of a block are left.
+    """
 
     epochs: int
     batch_size: int
@@ -42,6 +44,7 @@ class Settings:
     choice_betas: tuple[float, float]
     choice_decay: float
     branches: int
+    shrink: bool
     keep: int
     distill: float
     smoothing: float
@@ -99,7 +102,7 @@ class Search:
         while self.epoch < self.settings.epochs:
             self._epoch()
             self.epoch += 1
-            if self.settings.branches:
+            if self.settings.shrink:
                 self._shrink()
             if path is not None and self.shard.first:
                 disk.save(path, run, self._checkpoint())
@@ -118,11 +121,8 @@ class Search:
     def _choose(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """A step of the choices on held-out images."""
         self._draw(generator, learn=True)
-        loss = self._loss(x, y, teach=False) + self.objective.penalty().to(x.device)
-        if self.settings.variance and self.epoch >= LATE * self.settings.epochs:
-            apart = [m.weights[m.alive].var() for m in self.net.mixtures if len(m.alive) > 1]
-            loss = loss - self.settings.variance * sum(apart, torch.zeros(()))
-        self._step(self.choices, loss)
+        loss = self._loss(x, y, teach=False) + self.objective.penalty()
+        self._step(self.choices, loss - self._apart() if self.choose_weights else loss)
 
     def _fit(self, x: Tensor, y: Tensor, generator: torch.Generator, done: int) -> None:
         """A step of the weights on training images."""
@@ -131,7 +131,17 @@ class Search:
             for group in self.weights.param_groups:
                 group["lr"] = self.settings.lr * 0.5 * (1 + math.cos(math.pi * share))
         self._draw(generator, learn=False)
-        self._step(self.weights, self._loss(x, y, teach=True))
+        loss = self._loss(x, y, teach=True)
+        if not self.choose_weights:  # then this step is the one that moves the operators' weights
+            loss = loss + self.objective.penalty() - self._apart()
+        self._step(self.weights, loss)
+
+    def _apart(self) -> Tensor | float:
+        """The reward for operators' weights that differ, late in the search."""
+        if not self.settings.variance or self.epoch < LATE * self.settings.epochs:
+            return 0.0
+        spread = [m.weights[m.alive].var() for m in self.net.mixtures if len(m.alive) > 1]
+        return self.settings.variance * sum(spread, torch.zeros(()))
 
     def _draw(self, generator: torch.Generator, *, learn: bool) -> None:
         for mixture in self.net.mixtures:
@@ -164,6 +174,8 @@ class Search:
             )
         self.net.zero_grad(set_to_none=True)
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if not trained:  # a ReLU map may leave no choice
+            return
         torch.autograd.backward(loss, inputs=trained)
         if self.shard.world > 1:
             self._average([p for p in trained if p.grad is not None])
