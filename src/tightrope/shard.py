@@ -44,6 +44,10 @@ class Shard:
     def first(self) -> bool:
         return self.rank == 0
 
+    def agreed(self, x: Tensor) -> Tensor:
+        """The first process's `x`, for all of them; of one shape everywhere."""
+        return self.total(x if self.first else torch.zeros_like(x))
+
 
 def launch(devices: int = 1, nodes: int = 1, accelerator: str = "cpu") -> Shard:
     """Start `devices` processes on each of `nodes` machines with Lightning Fabric and join them.

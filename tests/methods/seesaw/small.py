@@ -9,9 +9,10 @@ import torch
 from networks import TinyResNet, settle
 from tightrope.data import Arrays
 from tightrope.graph import trace
-from tightrope.methods import Learned
+from tightrope.methods import CostModel, Learned
 from tightrope.methods.seesaw import SeesawMethod
 from tightrope.runtimes.mpc import MPC
+from tightrope.shard import Shard
 from tightrope.types import Budget
 
 SHAPE = (1, 8, 8)
@@ -35,12 +36,21 @@ DATA = Arrays(
     "patterns", ("rows", "columns", "checks"), (0.5,), (0.25,),
     {"train": images(256, 0), "validation": images(96, 1), "test": images(32, 2)},
 )  # fmt: skip
+COST = MPC().pricing()
+SINGLE = Shard()
 GRAPH = trace(settle(TinyResNet(channels=1, classes=3), weights=False), SHAPE)
 
 
-def learn(budget: str = "drelus<=700", workdir=None, progress=lambda *_: None, **config: Any) -> Learned:
+def learn(
+    budget: str = "drelus<=700",
+    workdir=None,
+    progress=lambda *_: None,
+    cost: CostModel = COST,
+    shard: Shard = SINGLE,
+    **config: Any,
+) -> Learned:
     method = SeesawMethod(**QUICK | {"distill": 0.0} | config)
     return method.learn(
-        GRAPH, DATA, task=None, budget=Budget.parse(budget), cost=MPC().pricing(), workdir=workdir,
-        progress=progress,
+        GRAPH, DATA, task=None, budget=Budget.parse(budget), cost=cost, workdir=workdir,
+        progress=progress, shard=shard,
     )  # fmt: skip

@@ -182,7 +182,7 @@ def test_a_merge_that_is_wrong_by_more_than_rounding_is_refused(wrong, refused, 
 
     monkeypatch.setattr(merging, "composed", shifted)
     if refused:
-        with pytest.raises(TraceError, match="outputs apart by 0.0002"):
+        with pytest.raises(TraceError, match=r"outputs apart by 0\.0002"):
             merge(net, (3, 6, 6), ops)
     else:
         assert convolutions(merge(net, (3, 6, 6), ops), (3, 6, 6)) == 1

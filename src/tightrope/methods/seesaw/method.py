@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from tightrope.methods.seesaw.objectives import Dual, Reference
 from tightrope.methods.seesaw.operators import BORDERS, Borders, parse_operators
 from tightrope.methods.seesaw.prices import METRICS, RATES, Prices, PublishedRates, Rates
 from tightrope.methods.seesaw.recover import recover
-from tightrope.methods.seesaw.search import Search, Settings
+from tightrope.methods.seesaw.search import Search, Settings, agreed
 from tightrope.methods.seesaw.space import POOLS, Architecture, Space, resolve
 from tightrope.methods.seesaw.supernet import Supernet
 from tightrope.nn.depthwise import quicken
@@ -37,6 +38,7 @@ from tightrope.types import Budget, Cost, Json, total
 Mode = Literal["dual", "reference"]
 MODES: tuple[Mode, ...] = ("dual", "reference")
 AGGREGATES = ("searched", "published")
+WHOLE = ("width", "epochs", "batch_size", "limit", "branches", "keep", "recovery", "samples", "seed")
 SINGLE = Shard()
 FAVOURED = 2.0  # logit of a ReLU at first: a probability of 0.88
 ROUNDS = 3  # of improving the options by measuring
@@ -95,6 +97,10 @@ class SeesawMethod:
         for key, allowed in words:
             if getattr(self, key) not in allowed:
                 raise InputError(f"unknown choice for {key}", got=getattr(self, key), allowed=allowed)
+        for key in WHOLE:
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise InputError(f"{key} must be a whole number", got=value)
         for key in ("width", "epochs", "batch_size", "keep", "samples", "lr", "lr_choice"):
             if not 0 < getattr(self, key) < math.inf:
                 raise InputError(f"{key} must be positive", got=getattr(self, key))
@@ -104,6 +110,8 @@ class SeesawMethod:
         for key in ("limit", "balance"):
             if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
                 raise InputError(f"{key} must be positive", got=getattr(self, key))
+        if self.seed >= 2**32:
+            raise InputError("seed is too large", got=self.seed, allowed="a whole number from 0 to 2^32 - 1")
         parse_operators(self.operators)
 
     def space_for(self, input_shape: tuple[int, ...], classes: int) -> Space:
@@ -143,6 +151,12 @@ class SeesawMethod:
                 got="--classes, --superclasses or --new-data",
                 fix="--method reengineer",
             )
+        if self.batch_size < shard.world:
+            raise InputError(
+                "a batch has fewer images than there are processes",
+                got=f"batch_size={self.batch_size} for {shard.world} processes",
+                fix=f"--set batch_size={shard.world} or more, or fewer --devices",
+            )
         space = self.space_for(graph.input_shape, len(data.classes))
         rates: Rates = PublishedRates() if self.rates == "published" else cost
         prices = Prices(space, cost, rates)
@@ -159,9 +173,11 @@ class SeesawMethod:
                 _fix(net, fixed)
             judge = Judge(net, _held_out(data, self.samples, shard))
             identity = {"model": model_sha256(graph.module), "data": data.name, "budget": str(budget),
-                        "net": model_sha256(net)}  # fmt: skip
+                        "net": model_sha256(net), "prices": _sha256(prices, net, wanted),
+                        "samples": self.samples, "processes": shard.world}  # fmt: skip
             self._search(net, data, prices, wanted, teacher, judge, progress, shard).run(workdir, identity)
             network, balanced = self._decide(net, prices, wanted, judge, fixed)
+            network = agreed(net, network, shard)
             plain = net.extract(network).to(shard.device)
             recover(plain, data, teacher, self, progress, shard)
             plain = plain.cpu()
@@ -280,6 +296,15 @@ def _held_out(data: Data, samples: int, shard: Shard) -> list[tuple[Tensor, Tens
     return [
         (x.to(shard.device), y.to(shard.device)) for x, y in data.batches("validation", 256, limit=samples)
     ]
+
+
+def _sha256(prices: Prices, net: Supernet, wanted: Wanted) -> str:
+    """Of all that training hears of costs: the limit, and the prices that the expected cost is made of."""
+    priced = [prices.option(site, option) for site, c in net.choices.items() for option in c.options]
+    for stage, mixture in zip(prices.space.stages(), net.mixtures, strict=True):
+        priced += [prices.block(stage, [name] * (name != "none")) for name in mixture.names]
+    numbers = [wanted.limit, *(float(getattr(cost, wanted.metric)) for cost in (prices.fixed, *priced))]
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
 def _baseline(graph: Graph, prices: Prices) -> Cost:

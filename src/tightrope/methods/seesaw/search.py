@@ -18,6 +18,7 @@ from tightrope.errors import InputError
 from tightrope.methods import Progress
 from tightrope.methods.seesaw.decide import Judge, expendable, sensitivities, settle
 from tightrope.methods.seesaw.objectives import Dual, Reference, learned
+from tightrope.methods.seesaw.space import Architecture
 from tightrope.methods.seesaw.supernet import Supernet
 from tightrope.shard import Shard
 from tightrope.types import Json
@@ -201,6 +202,7 @@ class Search:
             rest = expendable(mixture, felt, felt)
             for k in sorted(rest, key=lambda k: rest[k])[: max(0, len(mixture.alive) - target)]:
                 mixture.drop(k)
+        agree(self.net, self.shard)
 
     def _batches(self, split: str, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         s, shard = self.settings, self.shard
@@ -244,6 +246,23 @@ class Search:
         self.objective.multiplier = found.progress["multiplier"]
         for mixture, alive in zip(self.net.mixtures, found.progress["alive"], strict=True):
             mixture.alive = mixture.picked = list(alive)
+
+
+def agree(net: Supernet, shard: Shard) -> None:
+    """Leave the first process's operators in all: elsewhere rounding may have ranked others lowest."""
+    for mixture in net.mixtures:
+        left = torch.zeros(len(mixture.branches), dtype=torch.int64)
+        left[mixture.alive] = 1
+        mixture.alive = mixture.picked = shard.agreed(left).nonzero().flatten().tolist()
+
+
+def agreed(net: Supernet, network: Architecture, shard: Shard) -> Architecture:
+    """The network that the first process has decided for; `network` is this one's."""
+    agree(net, shard)
+    made = [("", block.relu) for block in network.blocks]
+    made += [(aggregate.pool, aggregate.relu) for aggregate in network.aggregates]
+    options = [c.options.index(option) for c, option in zip(net.choices.values(), made, strict=True)]
+    return net.architecture(shard.agreed(torch.tensor(options)).tolist())
 
 
 def _plain(value: object) -> Json:

@@ -110,6 +110,12 @@ class Space:
                 allowed=f"sides divisible by {unit}",
                 fix="fewer stages, or images of another size",
             )
+        if math.prod(self.shape(len(self.blocks) - 1)[1:]) == 1:
+            raise InputError(
+                "the last stage has maps of one pixel, and batch-norm needs two values",
+                got=f"{size[0]}x{size[1]} with {len(self.blocks)} stages",
+                fix="fewer stages, or larger images",
+            )
 
     @property
     def stem_stride(self) -> int:
