@@ -1,5 +1,7 @@
 """Does a searched network beat random gates, its gates without extra operators, a wide residual network?
 
+A seed is a search of its own, a training of what it found, and of three rivals of that: other gates of as
+many DReLUs, the same gates without extra operators, a residual network of as many DReLUs and multiplications.
 All four are trained anew by one recipe with the demo network as teacher, so that only what was chosen
 differs, and compared on test images. Without --full: a small space, few images and two seeds, to see whether
 the script works and which way it points. With it: a small space and part of the training images, so that two
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -42,7 +45,7 @@ from tightrope.lower import lower
 from tightrope.methods import Learned, Shown
 from tightrope.methods.seesaw import SeesawMethod
 from tightrope.methods.seesaw.network import assemble
-from tightrope.methods.seesaw.space import Aggregate, Architecture, Block, Space
+from tightrope.methods.seesaw.space import Architecture, Block, Space
 from tightrope.program import base_cost
 from tightrope.runtimes.mpc import MPC
 from tightrope.shard import launch
@@ -53,7 +56,7 @@ SEARCHED = "searched"
 NETWORKS = (SEARCHED, "random gates", "no extra operators", "wide residual")
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS, WARM_UP = 20, 5  # of one image, for the median time
-ORDERS = 1000  # of random gates, at most
+METHOD_CODE = Path(inspect.getfile(SeesawMethod)).parent
 TOLERANCE = 0.10  # of the multiplications and ReLUs of a wide residual network
 
 
@@ -69,8 +72,9 @@ class Size:
 
     @property
     def key(self) -> str:
-        """Of the files of a size: results of other settings are not reused."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+        """Of the files of a size: results of other settings or of another search are not reused."""
+        code = b"".join(path.read_bytes() for path in sorted(METHOD_CODE.glob("*.py")))
+        return hashlib.sha256(repr(self).encode() + code).hexdigest()[:8]
 
     @property
     def words(self) -> str:
@@ -188,30 +192,29 @@ def counts(net: nn.Module, shape: tuple[int, ...]) -> Cost:
     return total(base_cost(op) for op in lower(net.eval(), shape).ops)
 
 
-def random_gates(space: Space, network: Architecture, drelus: float, seed: int) -> Architecture:
-    """The same operators and other gates, turned on in a random order: the first of `ORDERS` draws with as
-    many comparisons, or else the one with the most that are not more.
+def other_gates(space: Space, network: Architecture) -> list[Architecture]:
+    """The same operators and pools with every other setting of the gates that has as many comparisons, or
+    where there is none, the most below that.
     """
-    draw = np.random.default_rng(seed)
-    best = Architecture((), ())
-    most = -1
-    for _ in range(ORDERS):
-        blocks = [Block(b.operators, False) for b in network.blocks]
-        aggregates = [Aggregate("avg", False) for _ in network.aggregates]
-        for k in draw.permutation(len(blocks) + len(aggregates)):
-            tried_blocks, tried = list(blocks), list(aggregates)
-            if k < len(blocks):
-                tried_blocks[k] = replace(blocks[k], relu=True)
-            else:
-                tried[k - len(blocks)] = Aggregate("avg", True)
-            if space.drelus(Architecture(tuple(tried_blocks), tuple(tried))) <= drelus:
-                blocks, aggregates = tried_blocks, tried
-        found = Architecture(tuple(blocks), tuple(aggregates))
-        if (count := space.drelus(found)) > most:
-            best, most = found, count
-        if most == drelus:
-            break
-    return best
+    switches = len(network.blocks) + len(network.aggregates)
+    found: dict[float, list[Architecture]] = {}
+    for on in itertools.product((False, True), repeat=switches):
+        blocks = tuple(replace(b, relu=r) for b, r in zip(network.blocks, on, strict=False))
+        gates = on[len(blocks) :]
+        tried = replace(
+            network,
+            blocks=blocks,
+            aggregates=tuple(replace(a, relu=r) for a, r in zip(network.aggregates, gates, strict=True)),
+        )
+        if tried != network and (count := space.drelus(tried)) <= space.drelus(network):
+            found.setdefault(count, []).append(tried)
+    return found[max(found)]
+
+
+def random_gates(space: Space, network: Architecture, seed: int) -> Architecture:
+    """One of them."""
+    others = other_gates(space, network)
+    return others[np.random.default_rng(seed).integers(len(others))]
 
 
 @dataclass(frozen=True)
@@ -226,15 +229,15 @@ class Job:
         return work / f"{size.key}-{self.limit}-{self.network.replace(' ', '-')}-{self.seed}.json"
 
 
-def searched(limit: int, size: Size, work: Path) -> Learned:
-    """What the search found, kept in files."""
-    path = work / f"{size.key}-{limit}"
+def searched(limit: int, seed: int, size: Size, work: Path) -> Learned:
+    """What the search of a seed found, kept in files."""
+    path = work / f"{size.key}-{limit}-{seed}"
     if not path.with_suffix(".json").exists():
         torch.set_num_threads(1)
         path.mkdir(exist_ok=True)
         data = datasets.load(size.data)
         graph = trace(models.resolve("demo"), data.input_shape)
-        learned = size.method.learn(
+        learned = replace(size.method, seed=seed).learn(
             graph, data, task=None, budget=Budget.parse(f"drelus<={limit}"), cost=MPC().pricing(),
             workdir=path, shard=launch(accelerator=ACCELERATOR),
         )  # fmt: skip
@@ -264,7 +267,7 @@ def makers(learned: Learned, size: Size, data: Data) -> dict[str, Callable[[int]
     shape = wide(data.input_shape[1], len(data.classes), len(space.blocks), macs, drelus)
     return {
         SEARCHED: lambda seed: assemble(space, network),
-        "random gates": lambda seed: assemble(space, random_gates(space, network, drelus, seed)),
+        "random gates": lambda seed: assemble(space, random_gates(space, network, seed)),
         "no extra operators": lambda seed: assemble(bare_space, bare),
         "wide residual": lambda seed: Wide(shape, len(data.classes)),
     }
@@ -277,7 +280,7 @@ def trained(job: Job, size: Size, work: Path) -> Json:
         torch.set_num_threads(1)
         data = datasets.load(size.data)
         torch.manual_seed(job.seed)
-        net = makers(searched(job.limit, size, work), size, data)[job.network](job.seed)
+        net = makers(searched(job.limit, job.seed, size, work), size, data)[job.network](job.seed)
         cost = counts(net, data.input_shape)
         teacher, recipe = models.resolve("demo"), replace(size.recipe, seed=job.seed)
         tuned = finetune(net, data, teacher=teacher, recipe=recipe)
@@ -295,16 +298,22 @@ def trained(job: Job, size: Size, work: Path) -> Json:
 def rows(results: Mapping[Job, Json], size: Size, data: Data, work: Path) -> list[Json]:
     found: list[Json] = []
     for limit in size.budgets:
-        learned = searched(limit, size, work)
-        print(f"drelus<={limit}: {learned.predicted.drelus:,.0f} DReLUs", flush=True)
-        print(*(f"  {row}" for row in learned.shown[0].rows), sep="\n", flush=True)
+        for seed in range(size.seeds):
+            learned = searched(limit, seed, size, work)
+            space = size.method.space_for(data.input_shape, len(data.classes))
+            others = other_gates(space, Architecture.from_json(learned.choices, space))
+            print(
+                f"drelus<={limit}, seed {seed}: {learned.predicted.drelus:,.0f} DReLUs, {len(others)} others"
+            )
+            print(*(f"  {row}" for row in learned.shown[0].rows), sep="\n", flush=True)
         runs = {name: [results[Job(limit, name, s)] for s in range(size.seeds)] for name in NETWORKS}
         scores = {name: [r["test"] for r in of_name] for name, of_name in runs.items()}
         devices = {r["trained_on"] for of_name in runs.values() for r in of_name} - {""}
         where = "".join(f", trained on {device}" for device in sorted(devices)) + size.words
         for name, values in scores.items():
-            cost = runs[name][0]
-            size_of = f"{cost['drelus']:,.0f} DReLUs, {cost['macs'] / 1e6:.1f} million MACs"
+            drelus = " ".join(f"{n:,.0f}" for n in sorted({r["drelus"] for r in runs[name]}))
+            macs = " ".join(f"{n / 1e6:.1f}" for n in sorted({r["macs"] for r in runs[name]}))
+            size_of = f"{drelus} DReLUs, {macs} million MACs"
             what = f"drelus<={limit}: {name}, {size_of}"
             mean = 100 * statistics.mean(values)
             found.append(row(f"{what}, test accuracy, mean of {size.seeds} seeds{where}", mean, "%"))
@@ -319,7 +328,7 @@ def rows(results: Mapping[Job, Json], size: Size, data: Data, work: Path) -> lis
     return found
 
 
-def timed(size: Size, learned: Learned, data: Data, limit: int) -> list[Json]:
+def timed(size: Size, learned: Learned, data: Data, what: str) -> list[Json]:
     """One image at a time under mpc, on loopback: what its cost model says of it, and what it takes."""
     graph = trace(models.resolve("demo"), data.input_shape)
     model = size.method.rebuild(graph, learned.choices, learned.tensors)
@@ -335,9 +344,9 @@ def timed(size: Size, learned: Learned, data: Data, limit: int) -> list[Json]:
     median = statistics.median(times[WARM_UP:])
     off, more = abs(median / predicted.online_ms - 1), drelus - learned.predicted.drelus
     return [
-        row(f"drelus<={limit}: online time under mpc, median of {RUNS - WARM_UP}", median, "ms"),
-        row(f"drelus<={limit}: predicted online time, off by (bar: 15 %)", 100 * off, "%", off <= 0.15),
-        row(f"drelus<={limit}: executed minus planned DReLUs", more, "DReLUs", more == 0),
+        row(f"{what}: online time under mpc, median of {RUNS - WARM_UP}", median, "ms"),
+        row(f"{what}: predicted online time, off by (bar: 15 %)", 100 * off, "%", off <= 0.15),
+        row(f"{what}: executed minus planned DReLUs", more, "DReLUs", more == 0),
     ]
 
 
@@ -360,22 +369,23 @@ def main() -> None:
     name = "seesaw" if options.full else "seesaw_reduced"
     torch.set_num_threads(1)
     if options.times:
-        found = [r for n in size.budgets for r in timed(size, searched(n, size, options.work), data, n)]
+        found = []
+        for limit, seed in itertools.product(size.budgets, range(size.seeds)):
+            learned = searched(limit, seed, size, options.work)
+            found += timed(size, learned, data, f"drelus<={limit}, search {seed}")
         write(f"{name}_times", [{"issue": 6, "command": f"{command} --times", **r} for r in found])
         return
     context = multiprocessing.get_context("spawn")
     results: dict[Job, Json] = {}
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-        searches = {pool.submit(searched, limit, size, options.work): limit for limit in size.budgets}
+        order = itertools.product(range(size.seeds), size.budgets)  # a seed of everything before the next
+        searches = {pool.submit(searched, n, seed, size, options.work): (n, seed) for seed, n in order}
         waiting = {}
         for search in as_completed(searches):
-            limit = searches[search]
-            print(limit, search.result().shown[0].rows, flush=True)
-            jobs = [Job(limit, network, 0) for network in NETWORKS]
+            limit, seed = searches[search]
+            print(limit, seed, search.result().shown[0].rows, flush=True)
+            jobs = [Job(limit, network, seed) for network in NETWORKS]
             waiting |= {pool.submit(trained, job, size, options.work): job for job in jobs}
-        seeds = range(1, size.seeds)  # the first one of everything before the others
-        jobs = [Job(limit, network, s) for s in seeds for limit in size.budgets for network in NETWORKS]
-        waiting |= {pool.submit(trained, job, size, options.work): job for job in jobs}
         for future in as_completed(waiting):
             results[waiting[future]] = future.result()
             print(waiting[future], future.result(), flush=True)

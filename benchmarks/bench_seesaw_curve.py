@@ -3,18 +3,19 @@
     python benchmarks/bench_seesaw.py --full --train      # the networks that seesaw found, trained
     python benchmarks/bench_seesaw_curve.py               # resumes when interrupted
 
-Fashion-MNIST, one seed but for seesaw's three. The ResNet-18 has an eighth of its usual width, so that two
-slow cores need about twenty minutes. Every network of block_relu is fine-tuned as long as one of seesaw is
-trained, with the network that it was made of as teacher. The test split is read once per fine-tuned network.
+Fashion-MNIST, one seed. The ResNet-18 has an eighth of its usual width, so that two slow cores need about
+twenty minutes. Every network that block_relu starts with is trained as long; then what block_relu makes of it
+is fine-tuned as long again, with the network that it was made of as teacher, and so is that network itself.
+The test split is read once per fine-tuned network.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
-import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from _rows import row, trained_on, write
-from bench_seesaw import ACCELERATOR, FULL, SEARCHED, Job, Json, searched, trained
+from bench_seesaw import ACCELERATOR, FULL, SEARCHED, Job, Json, counts, searched
 from tightrope import data as datasets
 from tightrope import models
 from tightrope.data import Data
@@ -46,11 +47,12 @@ METHOD = BlockReluMethod(samples=256, verify=20)
 BASE = FULL.recipe
 TUNED = replace(FULL.recipe, lr=0.05)
 RESNET = "resnet18"
-CURVE = {
-    RESNET: (2000, 4000, 8000, 14000),
-    "4000": (1000, 2000),
-    "8000": (2000, 4000),
-    "14000": (4000, 8000),
+ALONE = None  # instead of a limit: the network as it is
+CURVE: dict[str, tuple[int | None, ...]] = {
+    RESNET: (ALONE, 2000, 4000, 8000, 14000),
+    "4000": (ALONE, 1000, 2000),
+    "8000": (ALONE, 2000, 4000),
+    "14000": (ALONE, 4000, 8000),
 }
 
 
@@ -64,7 +66,7 @@ class Point:
     """block_relu on the ResNet-18, or on what seesaw found for as many DReLUs as `base` says."""
 
     base: str
-    limit: int
+    limit: int | None
 
     def file(self, work: Path) -> Path:
         return work / f"{FULL.key}-curve-{self.base}-{self.limit}.json"
@@ -76,7 +78,7 @@ def base(name: str, data: Data, work: Path) -> nn.Module:
         net = narrow(len(data.classes), data.input_shape[0])
         net.load_state_dict(load_file(work / f"{FULL.key}-{RESNET}.safetensors"))
         return net.eval()
-    learned = searched(int(name), FULL, work)
+    learned = searched(int(name), 0, FULL, work)
     weights = load_file(Job(int(name), SEARCHED, 0).file(FULL, work).with_suffix(".safetensors"))
     graph = trace(models.resolve("demo"), data.input_shape)
     model = FULL.method.rebuild(graph, learned.choices, weights)
@@ -114,15 +116,18 @@ def tuned(point: Point, work: Path) -> Json:
         data = datasets.load("fashion-mnist")
         net = base(point.base, data, work)
         graph: Graph = trace(net, data.input_shape)
-        problem = Problem.load(measurements(point.base, work))
-        try:
-            selection = select(problem, Budget.parse(f"drelus<={point.limit}"))
-        except BudgetError as error:  # max-pools that seesaw chose cost more
-            print(error, flush=True)
-            return {}
-        rewritten = place(graph, METHOD.choices(problem, selection.picked), METHOD.rewrite).module
-        result = finetune(rewritten, data, teacher=net, recipe=replace(TUNED, seed=0))
-        found = {"drelus": selection.cost.drelus, "test": accuracy(result, data, "test")}
+        start, drelus = copy.deepcopy(net), counts(net, data.input_shape).drelus
+        if point.limit is not ALONE:
+            problem = Problem.load(measurements(point.base, work))
+            try:
+                selection = select(problem, Budget.parse(f"drelus<={point.limit}"))
+            except BudgetError as error:  # max-pools that seesaw chose cost more
+                print(error, flush=True)
+                return {}
+            start = place(graph, METHOD.choices(problem, selection.picked), METHOD.rewrite).module
+            drelus = selection.cost.drelus
+        result = finetune(start, data, teacher=net, recipe=replace(TUNED, seed=0))
+        found = {"drelus": drelus, "test": accuracy(result, data, "test")}
         path.write_text(json.dumps(found | {"trained_on": trained_on()}))
     read: Json = json.loads(path.read_text())
     return read
@@ -152,15 +157,12 @@ def main() -> None:
     if set(options.bases) != set(CURVE):
         return
     rows = []
-    for limit in FULL.budgets:
-        runs = [trained(Job(limit, SEARCHED, s), FULL, options.work) for s in range(FULL.seeds)]
-        mean = 100 * statistics.mean(r["test"] for r in runs)
-        rows.append(row(f"seesaw alone, {runs[0]['drelus']:,.0f} DReLUs, mean of 3 seeds", mean, "%"))
-    names = {RESNET: "block_relu on a ResNet-18 of 8 to 64 channels"}
+    names = {RESNET: "ResNet-18 of 8 to 64 channels"}
     for name, limits in CURVE.items():
-        what = names.get(name, f"block_relu on seesaw's network for {name} DReLUs")
-        rows.append(row(f"{what}: before", 100 * before[name], "%"))
+        network = names.get(name, f"seesaw's network for {name} DReLUs")
+        rows.append(row(f"{network}, trained once", 100 * before[name], "%"))
         for limit in limits:
+            what = network if limit is ALONE else f"block_relu on {network}"
             run = found[Point(name, limit)]
             if not run:
                 continue
