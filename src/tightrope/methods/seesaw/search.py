@@ -100,6 +100,7 @@ class Search:
         run = dict(identity) | {"settings": {k: _plain(v) for k, v in asdict(self.settings).items()}}
         if path is not None and (found := disk.load(path, run)) is not None:
             self._restore(found)
+        self._tell(self.epoch * self.per_epoch)
         while self.epoch < self.settings.epochs:
             self._epoch()
             self.epoch += 1
@@ -107,7 +108,6 @@ class Search:
                 self._shrink()
             if path is not None and self.shard.first:
                 disk.save(path, run, self._checkpoint())
-            self.progress("supernet", self.epoch, self.settings.epochs)
 
     def _epoch(self) -> None:
         seed = self.settings.seed * STRIDE + self.epoch
@@ -118,6 +118,10 @@ class Search:
             generator = torch.Generator().manual_seed(self.settings.seed * STRIDE + done)
             self._choose(*next(held_out), generator)
             self._fit(x, y, generator, done)
+            self._tell(done + 1)
+
+    def _tell(self, done: int) -> None:
+        self.progress("steps of the supernet", done, self.per_epoch * self.settings.epochs)
 
     def _choose(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """A step of the choices on held-out images."""
