@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tightrope.report import commands, formats, words
-from tightrope.report.compare import compare
+from tightrope.report.compare import compare, verdict
 from tightrope.report.facts import Facts
-from tightrope.report.page import verdict
 
 FILES = {
     "plan.json": "the choice at every site, its predicted cost and loss, the bound",
+    "plan.safetensors": "what was learned: weights, or masks of the original's",
     "problem.npz": "every option with its loss and cost; solves again for another budget",
     "base.safetensors": "weights of the original network",
     "model.safetensors": "weights of the rewritten network",
@@ -34,22 +35,25 @@ def render(facts: Facts) -> str:
     if comparison is not None:
         parts.append(text(f"Predicted and measured, {words.run_name(facts)}: {verdict(comparison)}"))
     parts += [
-        "## Use",
-        _code(commands.missing(facts)["run"]),
+        *use(commands.missing(facts)["run"]),
         "## How it was made",
         _table(("", ""), words.provenance(facts)),
         _code(commands.reproduce(facts)),
         "## Limits",
         "\n".join(f"- {text(limit)}" for limit in words.limits(facts)),
-        "## Files",
-        "\n".join(f"- `{name}`: {what}" for name, what in _present(facts).items()),
+        *files(facts.bundle.path),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _present(facts: Facts) -> dict[str, str]:
+def use(command: str) -> list[str]:
+    return ["## Use", _code(command)]
+
+
+def files(bundle: Path) -> list[str]:
     made = ("report.html",)  # written together with this card
-    return {name: what for name, what in FILES.items() if name in made or (facts.bundle.path / name).exists()}
+    present = {name: what for name, what in FILES.items() if name in made or (bundle / name).exists()}
+    return ["## Files", "\n".join(f"- `{name}`: {what}" for name, what in present.items())]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

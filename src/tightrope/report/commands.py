@@ -28,6 +28,14 @@ def missing(facts: Facts) -> dict[str, str]:
     }
 
 
+def use(facts: Facts) -> str:
+    """Run what the bundle holds, where its costs were priced; freeze it first if nobody did."""
+    path = str(facts.bundle.path)
+    frozen = [] if facts.program is not None else [_join("apply", path)]
+    runtime = str(facts.about.get("runtime", CLEAR))
+    return " && ".join([*frozen, _join("run", path, "--runtime", runtime, "--count", "16")])
+
+
 def private(facts: Facts) -> str:
     """The runtime that the options were priced for, if it is one of several parties."""
     priced = str(facts.about.get("runtime", CLEAR))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tightrope.errors import TightropeError
 from tightrope.program import base_cost
+from tightrope.report import formats
 from tightrope.report.facts import Facts
 from tightrope.runtimes import runtime_type
 from tightrope.types import METRICS, Cost, Json, total
@@ -92,6 +93,22 @@ def compare(facts: Facts) -> Comparison | None:
         missing=missing,
         online_ms=online_ms,
     )
+
+
+def verdict(comparison: Comparison) -> str:
+    """One sentence on the gaps."""
+    off, rows = len(comparison.flagged), comparison.rows
+    if off:
+        return f"{off} of {len(rows)} ops are off by more than {FLAG:.0%}."
+    known = [row for row in (*rows, comparison.whole) if row.gap is not None]
+    if not known:
+        return "Nothing was predicted."
+    predicted = {q for row in known for q in row.predicted}
+    what = ", ".join(formats.metric(q) for q in COUNTED if q in predicted)
+    worst = max(known, key=lambda row: row.gap or 0.0)
+    if worst.gap:
+        return f"Largest gap: {formats.gap(worst.gap)}, at {worst.op} ({what})."
+    return f"Every count equals its prediction: {what}."
 
 
 def _cost(entry: Mapping[str, Json]) -> Cost:

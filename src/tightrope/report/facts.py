@@ -23,16 +23,20 @@ class Facts:
     bundle: Bundle
     about: Mapping[str, Json]
     plan: Plan
-    problem: Problem
     accuracy: Mapping[str, Json]
     curve: list[dict[str, Json]]
     run: Mapping[str, Json] | None
     program: Program | None
 
     @cached_property
+    def problem(self) -> Problem:
+        """Raises BundleError where the plan was learned: it was chosen from no table of options."""
+        return self.bundle.problem()
+
+    @cached_property
     def sites(self) -> list[Decision]:
-        """In the network's order."""
-        return decisions(self.plan, self.problem)
+        """In the network's order; none where the plan was learned."""
+        return [] if self.bundle.record() else decisions(self.plan, self.problem)
 
     @cached_property
     def method(self) -> Method:
@@ -65,7 +69,6 @@ def gather(bundle: Bundle) -> Facts:
         bundle=bundle,
         about=bundle.about,
         plan=bundle.plan(),
-        problem=bundle.problem(),
         accuracy=bundle.accuracy(),
         curve=bundle.curve(),
         run=_newest(bundle.measurements()),

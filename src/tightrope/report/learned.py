@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tightrope.bundle import Bundle
-from tightrope.report import formats, words
+from tightrope.report import card, commands, formats, words
+from tightrope.report.compare import COUNTED, Comparison, compare, verdict
+from tightrope.report.facts import Facts, gather
 from tightrope.report.templates import fill
 from tightrope.types import Budget
 
@@ -15,7 +17,8 @@ Table = tuple[str, str, Sequence[str], list[Sequence[str]]]  # heading, note, co
 
 def render(bundle: Bundle) -> dict[str, str]:
     """report.html and README.md of the bundle. Raises BundleError for a damaged file."""
-    plan, about, parts = bundle.plan(), bundle.about, tables(bundle)
+    plan, about, facts = bundle.plan(), bundle.about, gather(bundle)
+    parts, use = tables(bundle, facts), commands.use(facts)
     task = bundle.task()
     budget = formats.budget(Budget.parse(plan.budget))
     model = str(about.get("model", plan.base))
@@ -23,7 +26,7 @@ def render(bundle: Bundle) -> dict[str, str]:
     title = f"{model}, {budget}" + (f": {' / '.join(task.names)}" if task else "")
     classes = len(bundle.record()["classes"])
     lead = f"Method {plan.method}, data {about.get('data', 'not recorded')}, {classes} classes."
-    page = fill("learned.html", title=title, lead=lead, tables=parts)
+    page = fill("learned.html", title=title, lead=lead, tables=parts, use=use)
     text = formats.markdown
     lines = [f"# {text(title)}", text(lead)]
     for heading, note, head, rows in parts:
@@ -33,10 +36,11 @@ def render(bundle: Bundle) -> dict[str, str]:
             *([text(note)] if note else []),
             "\n".join("| " + " | ".join(line) + " |" for line in body),
         ]
+    lines += [*card.use(use), *card.files(bundle.path)]
     return {"report.html": page, "README.md": "\n\n".join(lines) + "\n"}
 
 
-def tables(bundle: Bundle) -> list[Table]:
+def tables(bundle: Bundle, facts: Facts) -> list[Table]:
     """Cost, accuracy, front, layers, runs if there are any, and what went in."""
     plan, record, accuracy = bundle.plan(), bundle.record(), bundle.accuracy()
     before, after = plan.baseline.as_dict(), plan.predicted.as_dict()
@@ -80,7 +84,26 @@ def tables(bundle: Bundle) -> list[Table]:
         found.append(
             ("Runs", note, ("runtime", "images", "ms, online", "sent online", "same class"), list(runs))
         )
+    if (comparison := compare(facts)) is not None:
+        found.append(_compared(comparison, words.run_name(facts)))
     return [*found, _made(bundle)]
+
+
+def _compared(comparison: Comparison, run: str) -> Table:
+    """Of the whole network, with a sentence on its ops."""
+    predicted, measured = comparison.whole.predicted, comparison.whole.measured
+    rows = [
+        (formats.metric(q), formats.amount(predicted[q]), formats.amount(getattr(measured, q)))
+        for q in COUNTED
+        if q in predicted
+    ]
+    if comparison.online_ms is not None and measured.online_ms:
+        ms = formats.milliseconds
+        rows.append(
+            ("online milliseconds, of an idle machine", ms(comparison.online_ms), ms(measured.online_ms))
+        )
+    note = comparison.missing or verdict(comparison)
+    return f"Predicted and measured, {run}", note, ("quantity", "predicted", "measured"), list(rows)
 
 
 def _made(bundle: Bundle) -> Table:

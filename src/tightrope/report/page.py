@@ -8,7 +8,7 @@ from typing import Any
 
 from tightrope import __version__
 from tightrope.report import commands, figures, formats, words
-from tightrope.report.compare import COUNTED, FLAG, Comparison, Row, compare, relative_gap
+from tightrope.report.compare import COUNTED, FLAG, Comparison, Row, compare, relative_gap, verdict
 from tightrope.report.facts import Facts
 from tightrope.report.templates import fill
 from tightrope.types import Json
@@ -63,22 +63,6 @@ def _comparison_note(facts: Facts, comparison: Comparison) -> str:
     return note + (
         f" Bytes and rounds were not predicted: {comparison.missing}." if comparison.missing else ""
     )
-
-
-def verdict(comparison: Comparison) -> str:
-    """One sentence on the gaps."""
-    off, rows = len(comparison.flagged), comparison.rows
-    if off:
-        return f"{off} of {len(rows)} ops are off by more than {FLAG:.0%}."
-    known = [row for row in (*rows, comparison.whole) if row.gap is not None]
-    if not known:
-        return "Nothing was predicted."
-    predicted = {q for row in known for q in row.predicted}
-    what = ", ".join(formats.metric(q) for q in COUNTED if q in predicted)
-    worst = max(known, key=lambda row: row.gap or 0.0)
-    if worst.gap:
-        return f"Largest gap: {formats.gap(worst.gap)}, at {worst.op} ({what})."
-    return f"Every count equals its prediction: {what}."
 
 
 @dataclass(frozen=True)

@@ -194,4 +194,9 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert measured["total"].get("drelus", 0) == 2 * plan["predicted"].get("drelus", 0)
     assert measured["max_abs_error"] < 2**-6
     assert call(monkeypatch, "report", out) == 0
-    assert "aggregate1" in (out / "report.html").read_text()
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert "aggregate1" in page
+    for text in (page, card):
+        assert "Every count equals its prediction: DReLUs, online bytes, offline bytes, rounds." in text
+        assert f"tightrope run {out} --runtime mpc" in text
+    assert "- `plan.safetensors`" in card
