@@ -16,12 +16,33 @@ from tightrope.lower import lower
 from tightrope.methods.seesaw import merge as merging
 from tightrope.methods.seesaw.merge import merge
 from tightrope.methods.seesaw.network import Sum, assemble
-from tightrope.methods.seesaw.operators import ALL, BORDERS, build, extent
+from tightrope.methods.seesaw.operators import ALL, BORDERS, CONVOLUTIONS, Borders, build
+from tightrope.methods.seesaw.operators import POOLS as AVERAGES
 from tightrope.methods.seesaw.space import POOLS, Aggregate, Architecture, Block, resolve
 from tightrope.program import base_cost
 from tightrope.types import total
 
 OPERATORS = [name for name in ALL if name != "none"]
+
+
+def extent(name: str, borders: Borders) -> tuple[int, int] | None:
+    """The kernel of the one convolution that the branch equals; None where there is none."""
+    if name == "skip":
+        return (1, 1)
+    if name in AVERAGES:
+        return (AVERAGES[name],) * 2 if borders == "mergeable" else None
+    steps = CONVOLUTIONS[name]
+    radii = [step.radius for step in steps]
+    # Zeros between two padded convolutions stay zeros only where nothing adds a constant, and where the first
+    # does not see across the border that the second pads.
+    spoiled = any(
+        radii[k][axis] and (any(s.norm for s in steps[:k]) or any(r[axis] for r in radii[:k]))
+        for k in range(1, len(steps))
+        for axis in (0, 1)
+    )
+    if borders == "published" and spoiled:
+        return None
+    return (1 + 2 * sum(r[0] for r in radii), 1 + 2 * sum(r[1] for r in radii))
 
 
 def macs(op) -> float:

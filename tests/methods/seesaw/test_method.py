@@ -18,11 +18,15 @@ from tightrope.methods.seesaw import SeesawMethod, relu_map
 from tightrope.methods.seesaw.space import Architecture
 from tightrope.program import base_cost
 from tightrope.runtimes.mpc import MPC
-from tightrope.runtimes.plain import ranges
+from tightrope.runtimes.plain import Plain, ranges
 from tightrope.types import Cost, total
 
 COST = MPC().pricing()
 METHOD = SeesawMethod(**QUICK)
+
+
+def untrained(what, done, of):
+    raise AssertionError(f"{what} before the budget was refused")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +90,16 @@ def test_reference_mode_with_the_published_aggregates(tmp_path):
     found = learn("drelus<=100000", **reference)
     assert found.choices["aggregate1"] == {"pool": "max", "relu": True}
     relu_map.write(tmp_path / "map.json", [True, True])
-    with pytest.raises(BudgetError, match="1,280 drelus, which were reached"):
+    with pytest.raises(BudgetError, match="drelus<=1,280 or more: what the ReLU map"):
         learn("drelus<=600", relu_map=str(tmp_path / "map.json"), **reference)
+    reference["aggregates"], seen = "searched", []
+    with pytest.raises(BudgetError, match=r"drelus<=100\n(.|\n)*[0-9]{3} drelus, which were reached"):
+        learn(
+            "drelus<=100",
+            progress=lambda what, *_: seen.append(what),
+            **reference | {"aggregates": "searched"},
+        )
+    assert seen == ["supernet"]  # and no recovery of what is refused
 
 
 def test_a_relu_map_fixes_the_blocks(tmp_path):
@@ -95,8 +107,9 @@ def test_a_relu_map_fixes_the_blocks(tmp_path):
     relu_map.write(path, [False, True])
     found = learn("drelus<=100%", relu_map=str(path), epochs=1)
     assert [found.choices[f"block{k}"]["relu"] for k in (1, 2)] == [False, True]
-    with pytest.raises(BudgetError, match="more than the ReLU map"):
-        learn("drelus<=200", relu_map=str(path), epochs=1)
+    with pytest.raises(BudgetError, match="drelus<=256 or more: what the ReLU map"):
+        learn("drelus<=200", relu_map=str(path), progress=untrained)
+    assert learn("drelus<=256", relu_map=str(path), epochs=1, recovery=0).predicted.drelus == 256
     relu_map.write(path, [True])
     with pytest.raises(InputError, match="another network"):
         learn(relu_map=str(path))
@@ -123,13 +136,19 @@ def test_options_of_training():
         ("rounds<=10", {}, "takes one limit"),
         ("drelus<=10,online_ms<=5", {}, "takes one limit"),
         ("macs<=1e6", {}, "takes one limit"),
-        ("drelus<=500,macs<=1000", {"epochs": 1}, "so few multiplications"),
+        ("drelus<=500,macs<=1000", {}, r"macs<=1,000\n(.|\n)*macs<=4,144 or more(.|\n)*larger limit on macs"),
+        ("drelus<=500,macs<=4143", {}, "macs<=4,144 or more"),
         ("online_ms<=0.001", {}, "no network of the space"),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(budget, config, says):
     with pytest.raises(BudgetError, match=says):
-        learn(budget, **config)
+        learn(budget, progress=untrained, **config)
+
+
+def test_a_cost_that_the_runtime_does_not_state_is_refused():
+    with pytest.raises(BudgetError, match=r"a ReLU costs no online_ms(.|\n)*allowed: drelus\n"):
+        learn("online_ms<=5", cost=Plain(), progress=untrained)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tightrope.errors import BudgetError
-from tightrope.methods.seesaw.prices import Prices, burden
+from tightrope.methods.seesaw.prices import METRICS, Prices, burden
 from tightrope.methods.seesaw.supernet import Mixture, Supernet
 from tightrope.solve.exact import Picked, fit
 from tightrope.solve.select import Selection, select
@@ -124,50 +125,89 @@ def expendable(mixture: Mixture, felt: dict[int, float], worth: Mapping[int, flo
 
 @dataclass(frozen=True)
 class Wanted:
-    """`metric <= limit`, at most `macs` multiplications, linear work at most `balance` times the other."""
+    """`metric <= limit`, at most `macs` multiplications, linear work at most `balance` times the other.
+
+    `relus`: which blocks have a ReLU, where a map says so.
+    """
 
     metric: str
     limit: float
     macs: float
     balance: float
+    relus: tuple[bool, ...] | None = None
 
     def comparisons(self, prices: Prices) -> float:
-        """About how many DReLUs the limit pays for."""
+        """About how many DReLUs the limit pays for; no more than the space has."""
         one = prices.option("block1", ("", True))
-        return self.limit * one.drelus / max(float(getattr(one, self.metric)), LEAST)
+        paid = self.limit * one.drelus / max(float(getattr(one, self.metric)), LEAST)
+        return min(paid, prices.space.most)
+
+    def least(self, prices: Prices, metric: str) -> float:
+        """Of the cheapest network."""
+        return prices.least(metric, self.relus)
+
+    def room(self, prices: Prices) -> float:
+        """Of the limit, for a network whose options are the cheapest."""
+        least = self.least(prices, self.metric)
+        return least + ROOM * (self.limit - least)
 
 
-def prune(net: Supernet, prices: Prices, wanted: Wanted, judge: Callable[[], float]) -> bool:
+def prune(
+    net: Supernet,
+    prices: Prices,
+    wanted: Wanted,
+    judge: Callable[[], float],
+    options: Sequence[int] | None = None,
+) -> bool:
     """Drop operators by what they are worth against what they cost, until the linear work fits.
 
-    What an operator costs is what its block costs more with it, merged with the others. False if even one
-    operator a block is too much for the balance, or leaves little of the limit. Raises BudgetError when it
-    is too many multiplications.
+    What an operator costs is what its block costs more with it, merged with the others. Where one operator a
+    block is still too much for a limit, the cheapest operators take their places. Without `options` the
+    cheapest count, and a part of the limit is left to others. False if even one operator a block is too
+    much for the balance.
     """
-    stages, drelus = prices.space.stages(), wanted.comparisons(prices)
+    stages = prices.space.stages()
     felt: dict[int, dict[int, float]] = {}
-    while not _fits(net, prices, wanted, drelus):
-        settle(net)
-        dear = _macs(net, prices) > wanted.macs  # then the cheapest operator is the one to be left
+    while excess := _excess(net, prices, wanted, options):
+        settle(net, options)
         best: tuple[float, int, int] | None = None
         for b, (stage, mixture) in enumerate(zip(stages, net.mixtures, strict=True)):
             if b not in felt:
                 felt[b] = importances(mixture, judge)
-            cheap = {k: -prices.block(stage, [mixture.names[k]]).macs for k in felt[b]}
+            # where a limit is exceeded the cheapest operator is the one to be left
+            valued: Mapping[int, float] = felt[b]
+            if excess in METRICS:
+                valued = {
+                    k: -float(getattr(prices.block(stage, [mixture.names[k]]), excess)) for k in felt[b]
+                }
             now = burden(prices.block(stage, _real(mixture)))
-            for k, loss in expendable(mixture, felt[b], cheap if dear else felt[b]).items():
+            for k, loss in expendable(mixture, felt[b], valued).items():
                 saved = max(now - burden(prices.block(stage, _real(mixture, k))), 1e-3 * now, LEAST)
                 worth = loss / saved if loss > 0 else loss * saved
                 if best is None or worth < best[0]:
                     best = (worth, b, k)
         if best is None:
-            if dear:
-                raise too_many(prices, wanted)
-            return False
+            break
         _, b, k = best
         net.mixtures[b].drop(k)
         del felt[b]
-    return True
+    if over := _exceeded(net, prices, wanted, options):
+        _swap(net, prices, wanted, options, over)
+    return _balance(net, prices, wanted, options) <= wanted.balance
+
+
+def _swap(net: Supernet, prices: Prices, wanted: Wanted, options: Sequence[int] | None, metric: str) -> None:
+    """The operator of the cheapest network in the place of a block's own, where most is saved first."""
+    (name,) = prices.cheapest(metric, wanted.relus).blocks[0].operators
+    saved = [
+        float(getattr(prices.block(stage, _real(m)), metric) - getattr(prices.block(stage, [name]), metric))
+        for stage, m in zip(prices.space.stages(), net.mixtures, strict=True)
+    ]
+    for b in sorted(range(len(saved)), key=lambda b: -saved[b]):
+        if not _exceeded(net, prices, wanted, options):
+            return
+        mixture = net.mixtures[b]
+        mixture.alive = mixture.picked = [mixture.names.index(name)]
 
 
 def _real(mixture: Mixture, without: int = -1) -> list[str]:
@@ -175,30 +215,60 @@ def _real(mixture: Mixture, without: int = -1) -> list[str]:
 
 
 def _macs(net: Supernet, prices: Prices) -> float:
-    """Exact, or more where blocks without a ReLU merge with what follows."""
+    """Exact for blocks with a ReLU, and not before a first operator that merges with a transition."""
     blocks = zip(prices.space.stages(), net.mixtures, strict=True)
     return prices.fixed.macs + sum(prices.block(stage, _real(m)).macs for stage, m in blocks)
 
 
-def _fits(net: Supernet, prices: Prices, wanted: Wanted, drelus: float) -> bool:
-    network = net.architecture([0] * len(net.choices))
-    linear, least = prices.linear([_real(m) for m in net.mixtures]), getattr(prices.least, wanted.metric)
-    room = least + ROOM * (wanted.limit - least)
-    return (
-        _macs(net, prices) <= wanted.macs
-        and (wanted.metric == "drelus" or getattr(linear, wanted.metric) <= room)
-        and prices.balance(network, drelus) <= wanted.balance
+def _excess(net: Supernet, prices: Prices, wanted: Wanted, options: Sequence[int] | None) -> str:
+    """The quantity that is still too much, `balance` for that; the whole network counts last, being slow."""
+    if _macs(net, prices) > wanted.macs:
+        return "macs"
+    if _balance(net, prices, wanted, options) > wanted.balance:
+        return "balance"
+    if options is None and wanted.metric != "drelus":
+        about = prices.linear([_real(m) for m in net.mixtures], wanted.metric, wanted.relus)
+        if about > wanted.room(prices):
+            return wanted.metric
+    return _exceeded(net, prices, wanted, options)
+
+
+def _exceeded(net: Supernet, prices: Prices, wanted: Wanted, options: Sequence[int] | None) -> str:
+    """The limit that the whole network with these options exceeds, by the exact price; "" for none."""
+    linear = wanted.metric != "drelus"
+    if wanted.macs == math.inf and not linear:
+        return ""
+    exact = prices.whole(net.architecture(options or cheapest(net, prices, wanted)))
+    if exact.macs > wanted.macs:
+        return "macs"
+    room = wanted.limit if options is not None or not linear else wanted.room(prices)
+    return wanted.metric if linear and getattr(exact, wanted.metric) > room else ""
+
+
+def _balance(net: Supernet, prices: Prices, wanted: Wanted, options: Sequence[int] | None) -> float:
+    network = net.architecture(options or [0] * len(net.choices))
+    return prices.balance(
+        network, wanted.comparisons(prices) if options is None else prices.space.drelus(network)
     )
 
 
-def too_many(prices: Prices, wanted: Wanted) -> BudgetError:
-    """The error for fewer multiplications than one operator a block takes."""
-    return BudgetError(
-        "the space has no network with so few multiplications",
-        got=f"macs<={wanted.macs:,.15g}",
-        allowed=f"{prices.fewest_macs:,.0f} or more: one operator a block",
-        fix="a smaller --set width=VALUE, fewer blocks, or cheaper operators",
-    )
+def allowed(net: Supernet, wanted: Wanted) -> list[list[int]]:
+    """Of every choice the options that a ReLU map leaves."""
+    left = [list(range(len(choice.options))) for choice in net.choices.values()]
+    for k, on in enumerate(wanted.relus or ()):
+        left[k] = [int(on)]
+    return left
+
+
+def cheapest(net: Supernet, prices: Prices, wanted: Wanted) -> list[int]:
+    """The option of every choice that costs least."""
+
+    def cost(site: str, k: int) -> tuple[float, float]:
+        price = prices.option(site, net.choices[site].options[k])
+        return float(getattr(price, wanted.metric)), burden(price)
+
+    every = zip(net.choices, allowed(net, wanted), strict=True)
+    return [min(left, key=lambda k, site=site: cost(site, k)) for site, left in every]  # type: ignore[misc]
 
 
 def project(
@@ -211,14 +281,14 @@ def project(
     """
     shares = {site: c.probabilities().detach().cpu().double() for site, c in net.choices.items()}
     likely = {site: -p.clamp_min(1e-30).log().numpy() for site, p in shares.items()}
-    options = _solve(net, prices, wanted, likely)
+    options, left = _solve(net, prices, wanted, likely), allowed(net, wanted)
     settle(net, options)
     loss = judge()
     for _ in range(rounds):
         measured = {}
         for n, (site, choice) in enumerate(net.choices.items()):
             row = np.full(len(choice.options), loss)
-            for k in range(len(row)):
+            for k in left[n]:
                 if k != options[n]:
                     settle(net, [*options[:n], k, *options[n + 1 :]])
                     row[k] = judge()
@@ -235,12 +305,13 @@ def project(
 
 def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, FloatArray]) -> list[int]:
     tables, kept = [], []
-    fixed = prices.linear([_real(m) for m in net.mixtures])
+    least = cheapest(net, prices, wanted)
+    fixed = prices.whole(net.architecture(least))
     room = (wanted.macs - _macs(net, prices)) / max(len(net.joins), 1)  # for a convolution as a pool
-    for site, choice in net.choices.items():
+    for (site, choice), free in zip(net.choices.items(), allowed(net, wanted), strict=True):
         every = [prices.option(site, option) for option in choice.options]
         most = max(room, min(cost.macs for cost in every))
-        left = [k for k, cost in enumerate(every) if cost.macs <= most]
+        left = [k for k in free if every[k].macs <= most]
         costs, options = [every[k] for k in left], [choice.options[k] for k in left]
         labels = tuple(f"{pool} {'relu' if relu else 'identity'}".strip() for pool, relu in options)
         priced = {
@@ -258,29 +329,52 @@ def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, Floa
         return [left[int(picked[table.site][0])] for table, left in zip(tables, kept, strict=True)]
 
     def exact(picked: Picked) -> Cost:
-        return prices.exact(net.extract(net.architecture(picks(picked))))
+        return prices.whole(net.architecture(picks(picked)))
 
     try:
         found: Selection = (
             select(problem, budget) if wanted.metric == "drelus" else fit(problem, budget, exact).selection
         )
     except BudgetError as error:
-        least = f"{prices.space.least:,} DReLUs or more: those of its aggregates, whatever is chosen"
         words = (
-            least if wanted.metric == "drelus" else str(error).partition("allowed: ")[2].partition("\n")[0]
+            f"{prices.space.least:,} DReLUs or more: those of its aggregates, whatever is chosen"
+            if wanted.metric == "drelus"
+            else str(error).partition("allowed: ")[2].partition("\n")[0]
         )
-        raise floor(prices, wanted, words) from error
-    return picks(found.picked)
+        raise floor(prices, wanted.metric, wanted.limit, words) from error
+    return _spared(net, prices, wanted, picks(found.picked), least, losses)
 
 
-def floor(prices: Prices, wanted: Wanted, allowed: str) -> BudgetError:
+def _spared(
+    net: Supernet,
+    prices: Prices,
+    wanted: Wanted,
+    options: list[int],
+    least: Sequence[int],
+    losses: dict[str, FloatArray],
+) -> list[int]:
+    """The cheapest options in the place of those that are worth least, while there are too many `macs`.
+
+    A ReLU costs multiplications too, where its block would merge with the next.
+    """
+    if wanted.macs == math.inf:
+        return options
+    sites = [n for n in range(len(options)) if options[n] != least[n]]
+    rows = list(losses.values())
+    for n in sorted(sites, key=lambda n: float(rows[n][least[n]] - rows[n][options[n]])):
+        if prices.whole(net.architecture(options)).macs <= wanted.macs:
+            break
+        options[n] = least[n]
+    return options
+
+
+def floor(prices: Prices, metric: str, limit: float, allowed: str) -> BudgetError:
     """The error for a limit that no network, or not the one that was found, meets."""
-    lowest = prices.space.least == 0 or wanted.metric != "drelus"
+    fix = "a larger budget or a smaller --set width=VALUE"
+    if metric == "macs":
+        fix = "a larger limit on macs, a smaller --set width=VALUE, fewer blocks, or cheaper operators"
+    elif metric == "drelus" and prices.space.least:
+        fix = "--set aggregates=searched: their ReLUs and pools become choices"
     return BudgetError(
-        "no network of the space meets the budget",
-        got=f"{wanted.metric}<={wanted.limit:,.15g}",
-        allowed=allowed,
-        fix="a larger budget or a smaller --set width=VALUE"
-        if lowest
-        else "--set aggregates=searched: their ReLUs and pools become choices",
+        "no network of the space meets the budget", got=f"{metric}<={limit:,.15g}", allowed=allowed, fix=fix
     )

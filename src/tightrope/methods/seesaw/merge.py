@@ -7,9 +7,6 @@ at the border of the map is not made.
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,34 +15,12 @@ from torch import Tensor, fx, nn
 
 from tightrope.errors import TraceError
 from tightrope.graph import Graph, trace
-from tightrope.methods.seesaw.convolutions import (
-    Geometry,
-    Map,
-    added,
-    after,
-    averaging,
-    beside,
-    composed,
-    convolution,
-    geometry,
-    unit,
-)
-from tightrope.program import AvgPool2d, Op
+from tightrope.methods.seesaw.convolutions import Map, added, averaging, composed, convolution, geometry, unit
+from tightrope.methods.seesaw.reduction import Link, Path, Price, Reduction, pool, written
 
-Price = Callable[[Op], float]
 TOLERANCE = 1e-4  # of every logit of the float32 result
 ROUNDING = 4.0  # times that of the given network in float32, where that alone takes up the tolerance
 EXAMPLES = 8
-ADDS = (operator.add, torch.add)
-
-
-@dataclass(frozen=True)
-class Path:
-    """From a value to a leaf through `nodes`, in order; each but the leaf is read by the next alone."""
-
-    source: fx.Node
-    nodes: tuple[fx.Node, ...]
-    shape: Geometry
 
 
 def merge(model: nn.Module, input_shape: tuple[int, ...], price: Price) -> fx.GraphModule:
@@ -67,24 +42,26 @@ def merge(model: nn.Module, input_shape: tuple[int, ...], price: Price) -> fx.Gr
     return module
 
 
-class _Merging:
+class _Merging(Reduction):
     def __init__(self, graph: Graph, price: Price) -> None:
-        self.price = cache(price)
         self.module = trace(graph.module, graph.input_shape).module.double()
-        self.shapes = {n: graph.shapes[n.name] for n in self.module.graph.nodes if n.name in graph.shapes}
-        self.count = 0
+        shapes = {n: graph.shapes[n.name] for n in self.module.graph.nodes if n.name in graph.shapes}
+        super().__init__(self.module.graph, shapes, cache(price))
 
     def run(self) -> fx.GraphModule:
         self._fold()
-        while self._follow() or self._accompany():
-            self.module.graph.eliminate_dead_code()
+        self.links = {n: link for n in self.graph.nodes if (link := self._link(n)) is not None}
+        self.reduce()
         self.module.delete_all_unused_submodules()
         self.module.recompile()
         return self.module
 
+    def write(self, name: str, paths: list[Path]) -> None:
+        self.module.add_submodule(name, added([self._along(path) for path in paths]).module().eval())
+
     def _fold(self) -> None:
         """Every batch-norm into the convolution before it or a convolution of its own; every module once."""
-        for node in list(self.module.graph.nodes):
+        for node in list(self.graph.nodes):
             found = self._module(node)
             if isinstance(found, nn.Identity | nn.Dropout | nn.Dropout2d):
                 self._replace(node, node.args[0])
@@ -95,100 +72,13 @@ class _Merging:
                     folded, start = _normed(conv, found), before.args[0]
                 else:
                     folded, start = _normed(unit(found.num_features).module(), found), before
-                self._replace(node, self._insert(node, start, folded))
-        self.module.graph.eliminate_dead_code()
-
-    def _follow(self) -> bool:
-        """Two convolutions in a row, where one costs no more."""
-        for node in self.module.graph.nodes:
-            shape = self._geometry(node)
-            if shape is None or node.args[0] not in self.shapes:
-                continue
-            before = node.args[0]
-            first = self._geometry(before)
-            if first is None or len(before.users) > 1:
-                continue
-            whole = after(first, shape)
-            if whole is None or self._price(node, whole) > self._cost([before, node]):
-                continue
-            one, two = self._map(before), self._map(node)
-            assert one is not None and two is not None
-            self._replace(node, self._insert(node, before.args[0], composed(one, two).module()))
-            return True
-        return False
-
-    def _accompany(self) -> bool:
-        """Paths from one value that are added: those with the smallest kernels, as many as pay off."""
-        for root in self.module.graph.nodes:
-            if not self._is_add(root) or (len(root.users) == 1 and self._is_add(next(iter(root.users)))):
-                continue
-            leaves = list(self._leaves(root))
-            groups: dict[tuple[fx.Node, tuple[int, int]], dict[int, Path]] = {}
-            for k, leaf in enumerate(leaves):
-                for path in self._paths(leaf):
-                    groups.setdefault((path.source, path.shape.stride), {})[k] = path
-            best = max(
-                (self._saving(root, g) for g in groups.values()), default=(-1.0, {}), key=lambda s: s[0]
-            )
-            if best[0] >= 0 and best[1]:
-                self._rebuild(root, leaves, best[1])
-                return True
-        return False
-
-    def _saving(self, root: fx.Node, group: dict[int, Path]) -> tuple[float, dict[int, Path]]:
-        """What merging the best choice of these paths saves, and that choice; (-1, {}) if none does."""
-        order = sorted(group, key=lambda k: max(group[k].shape.kernel))
-        found: tuple[float, dict[int, Path]] = (-1.0, {})
-        for count in range(1, len(order) + 1):
-            chosen = {k: group[k] for k in order[:count]}
-            if sum(max(len(path.nodes), 1) for path in chosen.values()) < 2:
-                continue
-            whole = beside([path.shape for path in chosen.values()])
-            source = next(iter(chosen.values())).source
-            if whole.size(self.shapes[source][1:]) != self.shapes[root][1:]:  # type: ignore[arg-type]
-                continue
-            spent = sum(self._cost(list(path.nodes)) for path in chosen.values())
-            found = max(found, (spent - self._price(root, whole), chosen), key=lambda s: s[0])
-        return found
-
-    def _rebuild(self, root: fx.Node, leaves: list[fx.Node], chosen: dict[int, Path]) -> None:
-        paths = list(chosen.values())
-        merged = self._insert(root, paths[0].source, added([self._along(path) for path in paths]).module())
-        rest = [leaf for k, leaf in enumerate(leaves) if k not in chosen]
-        result = merged
-        with self.module.graph.inserting_before(root):
-            for leaf in rest:
-                result = self.module.graph.call_function(operator.add, (result, leaf))
-                self.shapes[result] = self.shapes[root]
-        self._replace(root, result)
-
-    def _is_add(self, node: fx.Node) -> bool:
-        """Of two maps of one shape."""
-        if node.op != "call_function" or node.target not in ADDS or node.kwargs or len(node.args) != 2:
-            return False
-        shapes = {self.shapes.get(arg) if isinstance(arg, fx.Node) else None for arg in node.args}
-        return len(shapes) == 1 and len(shapes.pop() or ()) == 3
-
-    def _leaves(self, node: fx.Node) -> Iterator[fx.Node]:
-        for arg in node.args:
-            assert isinstance(arg, fx.Node)
-            if self._is_add(arg) and len(arg.users) == 1:
-                yield from self._leaves(arg)
-            else:
-                yield arg
-
-    def _paths(self, leaf: fx.Node) -> Iterator[Path]:
-        """The leaf itself, and it as one convolution of a value before it, ever further back."""
-        shape = unit(self.shapes[leaf][0]).geometry
-        yield Path(leaf, (), shape)
-        nodes: tuple[fx.Node, ...] = ()
-        node = leaf
-        while len(node.users) == 1 and (step := self._geometry(node)) is not None:
-            whole = after(step, shape)
-            if whole is None:
-                return
-            shape, nodes, node = whole, (node, *nodes), node.args[0]  # type: ignore[assignment]
-            yield Path(node, nodes, shape)
+                name = f"folded_{node.name}"
+                self.module.add_submodule(name, folded.eval())
+                with self.graph.inserting_before(node):
+                    new = self.graph.call_module(name, (start,))
+                self.shapes[new] = self.shapes[node]
+                self._replace(node, new)
+        self.graph.eliminate_dead_code()
 
     def _along(self, path: Path) -> Map:
         whole = unit(path.shape.inputs)
@@ -202,13 +92,13 @@ class _Merging:
         known = isinstance(node, fx.Node) and node.op == "call_module"
         return self.module.get_submodule(str(node.target)) if known else None
 
-    def _geometry(self, node: Any) -> Geometry | None:
+    def _link(self, node: fx.Node) -> Link | None:
         found = self._module(node)
-        if isinstance(found, nn.Conv2d):
-            return geometry(found)
-        if isinstance(found, nn.AvgPool2d):
-            made = averaging(found, self.shapes[node][0])
-            return None if made is None else made.geometry
+        if isinstance(found, nn.Conv2d) and (shape := geometry(found)) is not None:
+            (kh, kw), (dh, dw) = found.kernel_size, found.dilation
+            return written(shape, self._size(node), (kh, kw), (dh, dw), found.groups)
+        if isinstance(found, nn.AvgPool2d) and (made := averaging(found, self.shapes[node][0])) is not None:
+            return Link(pool(made.geometry, self._size(node)), made.geometry)
         return None
 
     def _map(self, node: Any) -> Map | None:
@@ -216,41 +106,6 @@ class _Merging:
         if isinstance(found, nn.AvgPool2d):
             return averaging(found, self.shapes[node][0])
         return convolution(found) if isinstance(found, nn.Conv2d) else None
-
-    def _cost(self, nodes: list[fx.Node]) -> float:
-        """What these nodes cost as they are."""
-        spent = 0.0
-        for node in nodes:
-            found, shape = self._module(node), self._geometry(node)
-            assert shape is not None
-            if isinstance(found, nn.AvgPool2d):
-                op: Op = AvgPool2d(
-                    name="pool", inputs=("input",), shape=self.shapes[node], kernel=shape.kernel,
-                    stride=shape.stride, padding=shape.padding,
-                )  # fmt: skip
-            else:
-                assert isinstance(found, nn.Conv2d)
-                # as it is written: groups and dilation cost less than the map they make
-                kernel, groups = (found.kernel_size[0], found.kernel_size[1]), found.groups
-                op = replace(shape.op(self.shapes[node][1:]), kernel=kernel, groups=groups)  # type: ignore[arg-type]
-            spent += self.price(op)
-        return spent
-
-    def _price(self, node: fx.Node, shape: Geometry) -> float:
-        return self.price(shape.op(self.shapes[node][1:]))  # type: ignore[arg-type]
-
-    def _insert(self, before: fx.Node, source: Any, made: nn.Conv2d) -> fx.Node:
-        self.count += 1
-        name = f"merged_{self.count}"
-        self.module.add_submodule(name, made.eval())
-        with self.module.graph.inserting_before(before):
-            node = self.module.graph.call_module(name, (source,))
-        self.shapes[node] = self.shapes[before]
-        return node
-
-    def _replace(self, old: fx.Node, new: Any) -> None:
-        old.replace_all_uses_with(new)
-        self.module.graph.erase_node(old)
 
 
 def _normed(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:

@@ -20,7 +20,7 @@ from tightrope.graph import Graph, trace
 from tightrope.lower import lower
 from tightrope.methods import CostModel, Learned, Progress, Shown
 from tightrope.methods.seesaw import relu_map
-from tightrope.methods.seesaw.decide import Judge, Wanted, floor, project, prune, settle, too_many
+from tightrope.methods.seesaw.decide import Judge, Wanted, floor, project, prune, settle
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.objectives import Dual, Reference
 from tightrope.methods.seesaw.operators import BORDERS, Borders, parse_operators
@@ -161,8 +161,8 @@ class SeesawMethod:
         rates: Rates = PublishedRates() if self.rates == "published" else cost
         prices = Prices(space, cost, rates)
         baseline = _baseline(graph, prices)
-        wanted = self._wanted(budget, baseline, prices)
         fixed = relu_map.read(Path(self.relu_map).expanduser(), space) if self.relu_map else None
+        wanted = self._wanted(budget, baseline, prices, fixed)
         with torch.random.fork_rng([shard.device] if shard.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             net = Supernet(space, FAVOURED if self.mode == "dual" else 0.0)
@@ -176,17 +176,20 @@ class SeesawMethod:
                         "net": model_sha256(net), "prices": _sha256(prices, net, wanted),
                         "samples": self.samples, "processes": shard.world}  # fmt: skip
             self._search(net, data, prices, wanted, teacher, judge, progress, shard).run(workdir, identity)
-            network, balanced = self._decide(net, prices, wanted, judge, fixed)
+            network, balanced = self._decide(net, prices, wanted, judge)
             network = agreed(net, network, shard)
+            found = _picked(prices.whole(network))
+            for metric, limit in budget.resolve(baseline).items():
+                if (reached := getattr(found, metric)) > limit:
+                    raise floor(prices, metric, limit, f"{reached:,.6g} {metric}, which were reached")
             plain = net.extract(network).to(shard.device)
             recover(plain, data, teacher, self, progress, shard)
             plain = plain.cpu()
-        found = _picked(prices.exact(plain))
-        limits = budget.resolve(baseline)
-        for metric, limit in limits.items():
-            if getattr(found, metric) > limit:
-                raise floor(prices, wanted, f"{getattr(found, metric):,.6g} {metric}, which were reached")
-        notes = () if balanced else ("even one operator a block is more linear work than the balance allows",)
+        ratio = prices.balance(network, found.drelus)
+        notes = () if balanced else (
+            f"even one operator a block is more linear work than the balance allows: {ratio:.3g} times the"
+            " nonlinear" if found.drelus else "there is no nonlinear work that linear work could balance",
+        )  # fmt: skip
         share = accuracy(plain, data, "validation")
         return Learned(
             choices=network.to_json(),
@@ -219,7 +222,9 @@ class SeesawMethod:
         classes = next(p for name, p in model.named_parameters() if name == "classifier.bias").numel()
         return Prices(self.space_for(input_shape, classes), cost, cost).merged(model)
 
-    def _wanted(self, budget: Budget, baseline: Cost, prices: Prices) -> Wanted:
+    def _wanted(
+        self, budget: Budget, baseline: Cost, prices: Prices, relus: tuple[bool, ...] | None
+    ) -> Wanted:
         limits = budget.resolve(baseline)
         unknown = [m for m in limits if m not in METRICS]
         macs = limits.pop("macs", math.inf)
@@ -231,12 +236,19 @@ class SeesawMethod:
                 fix="--budget 'drelus<=12000', or 'online_ms<=20,macs<=30e6'",
             )
         metric, limit = next(iter(limits.items()))
-        wanted = Wanted(metric, limit, macs, self.balance or math.inf)
-        least = getattr(prices.least, metric)
-        if least > limit:
-            raise floor(prices, wanted, f"{metric}<={least:,.15g} or more: what its cheapest network costs")
-        if prices.fewest_macs > macs:
-            raise too_many(prices, wanted)
+        one = prices.option("block1", ("", True))
+        if not getattr(one, metric):
+            raise BudgetError(
+                f"a ReLU costs no {metric} on this runtime, so the limit would choose nothing",
+                got=str(budget),
+                allowed=tuple(m for m in METRICS if m != "macs" and getattr(one, m)),
+                fix="--runtime mpc, or --budget 'drelus<=12000'",
+            )
+        wanted = Wanted(metric, limit, macs, self.balance or math.inf, relus)
+        who = "its cheapest network" if relus is None else "the ReLU map with the cheapest of everything else"
+        for key, most in ((metric, limit), ("macs", macs)):
+            if most < math.inf and (least := wanted.least(prices, key)) > most:
+                raise floor(prices, key, most, f"{key}<={least:,.15g} or more: what {who} costs")
         return wanted
 
     def _search(
@@ -272,17 +284,17 @@ class SeesawMethod:
         return search
 
     def _decide(
-        self, net: Supernet, prices: Prices, wanted: Wanted, judge: Judge, fixed: tuple[bool, ...] | None
+        self, net: Supernet, prices: Prices, wanted: Wanted, judge: Judge
     ) -> tuple[Architecture, bool]:
-        balanced = prune(net, prices, wanted, judge)
+        prune(net, prices, wanted, judge)
         if self.mode == "reference":
             settle(net)
-            return net.architecture([int(c.logits.argmax()) for c in net.choices.values()]), balanced
-        rounds = ROUNDS if fixed is None else 0
-        network = net.architecture(project(net, prices, wanted, judge, rounds=rounds))
-        if fixed is not None and fixed != tuple(block.relu for block in network.blocks):
-            raise floor(prices, wanted, "more than the ReLU map alone")
-        return network, balanced
+            options = [int(c.logits.argmax()) for c in net.choices.values()]
+        else:
+            options = project(net, prices, wanted, judge, rounds=ROUNDS)
+        # the DReLUs are known now, and may be fewer than the limit pays for
+        balanced = prune(net, prices, wanted, judge, options)
+        return net.architecture(options), balanced
 
 
 def _fix(net: Supernet, on: tuple[bool, ...]) -> None:

@@ -116,26 +116,6 @@ def paddings(name: str, borders: Borders) -> list[tuple[int, int]]:
     return [whole] + [(0, 0)] * (len(radii) - 1)
 
 
-def extent(name: str, borders: Borders) -> tuple[int, int] | None:
-    """The kernel of the one convolution that the branch equals; None where there is none."""
-    if name == "skip":
-        return (1, 1)
-    if name in POOLS:
-        return (POOLS[name],) * 2 if borders == "mergeable" else None
-    steps = CONVOLUTIONS[name]
-    radii = [step.radius for step in steps]
-    # Zeros between two padded convolutions stay zeros only where nothing adds a constant, and where the first
-    # does not see across the border that the second pads.
-    spoiled = any(
-        radii[k][axis] and (any(s.norm for s in steps[:k]) or any(r[axis] for r in radii[:k]))
-        for k in range(1, len(steps))
-        for axis in (0, 1)
-    )
-    if borders == "published" and spoiled:
-        return None
-    return (1 + 2 * sum(r[0] for r in radii), 1 + 2 * sum(r[1] for r in radii))
-
-
 @torch.no_grad()
 def scale(branch: nn.Module, factor: float) -> None:
     """Multiply what the branch computes, by its last layer."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property, reduce
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tightrope.lower import lower
 from tightrope.methods import CostModel
+from tightrope.methods.seesaw.convolutions import Geometry
 from tightrope.methods.seesaw.merge import merge
-from tightrope.methods.seesaw.network import assemble
-from tightrope.methods.seesaw.operators import CONVOLUTIONS, POOLS, extent, paddings
-from tightrope.methods.seesaw.space import Architecture, Space
+from tightrope.methods.seesaw.network import Frame, Joined, assemble
+from tightrope.methods.seesaw.operators import CONVOLUTIONS, POOLS, paddings
+from tightrope.methods.seesaw.reduction import Link, Reduction, pool, written
+from tightrope.methods.seesaw.space import Aggregate, Architecture, Block, Space
 from tightrope.methods.seesaw.supernet import Option, Supernet
-from tightrope.program import AvgPool2d, Conv2d, MaxPool2d, Op, Program, Relu, base_cost
+from tightrope.program import AvgPool2d, MaxPool2d, Op, Program, Relu, base_cost
 from tightrope.types import ADDITIVE, Cost, total
 
 METRICS = (*ADDITIVE, "macs")
@@ -54,26 +55,24 @@ def burden(cost: Cost) -> float:
     return cost.online_ms + cost.offline_ms or cost.macs
 
 
-def operator_ops(name: str, space: Space, stage: int) -> list[Op]:
-    """An operator as it is written, its average pool or convolutions."""
+def links(name: str, space: Space, stage: int) -> list[Link]:
+    """An operator as it is built, batch-norm folded: after training every one adds a constant."""
     C, H, W = space.shape(stage)
-    if name in POOLS:
+    if name in POOLS or name == "skip":
+        factor = written(Geometry(C, C, (1, 1), (1, 1), (0, 0), True, False), (H, W), (1, 1), (1, 1), C)
+        if name == "skip":
+            return [factor]
         k = POOLS[name]
-        pool = AvgPool2d(
-            name=name, inputs=("input",), shape=(C, H, W), kernel=(k, k), stride=(1, 1), padding=(k // 2,) * 2
-        )
-        return [pool, _conv("factor", C, (H, W), (1, 1), C)]
-    if name == "skip":
-        return [_conv("factor", C, (H, W), (1, 1), C)]
-    ops: list[Op] = []
-    for step, (rows, columns) in zip(CONVOLUTIONS[name], paddings(name, space.borders), strict=True):
-        H, W = H + 2 * (rows - step.radius[0]), W + 2 * (columns - step.radius[1])
-        ops.append(_conv(name, C, (H, W), step.kernel, step.groups or C))
-    return ops
-
-
-def _conv(name: str, C: int, size: tuple[int, int], kernel: tuple[int, int], groups: int) -> Conv2d:
-    return Conv2d(name=name, inputs=("input",), shape=(C, *size), kernel=kernel, groups=groups, in_channels=C)
+        shape = Geometry(C, C, (k, k), (1, 1), (k // 2, k // 2), True, False)
+        return [Link(pool(shape, (H, W)), shape if space.borders == "mergeable" else None), factor]
+    found = []
+    for step, padding in zip(CONVOLUTIONS[name], paddings(name, space.borders), strict=True):
+        spread = (1 + 2 * step.radius[0], 1 + 2 * step.radius[1])
+        groups = step.groups or C
+        shape = Geometry(C, C, spread, (1, 1), padding, groups == C, step.norm)
+        H, W = shape.size((H, W))
+        found.append(written(shape, (H, W), step.kernel, (step.dilation,) * 2, groups))
+    return found
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ class Prices:
     space: Space
     cost: CostModel
     rates: Rates
-    _known: dict[tuple[bool, int, tuple[str, ...]], Cost] = field(
+    _wholes: dict[Architecture, Cost] = field(default_factory=dict, repr=False, compare=False)
+    _sums: dict[tuple[int, tuple[str, ...]], tuple[Op, ...]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -95,7 +95,14 @@ class Prices:
         return self.program(lower(self.merged(network), self.space.input_shape))
 
     def merged(self, network: nn.Module) -> nn.Module:
-        return merge(network, self.space.input_shape, lambda op: burden(self.cost.price(op)))
+        return merge(network, self.space.input_shape, self._burden)
+
+    def whole(self, network: Architecture) -> Cost:
+        """Exact, of an architecture once it is trained, whatever its weights."""
+        if network not in self._wholes:
+            with torch.random.fork_rng([]):
+                self._wholes[network] = self.exact(_constant(assemble(self.space, network)))
+        return self._wholes[network]
 
     def program(self, program: Program) -> Cost:
         priced = total(self.cost.prices(program).values())
@@ -108,56 +115,57 @@ class Prices:
     def balance(self, network: Architecture, drelus: float) -> float:
         """Milliseconds of the blocks' linear work over those of so many comparisons, by `rates`."""
         blocks = zip(self.space.stages(), network.blocks, strict=True)
-        linear = sum(burden(self._priced(self._timed, stage, block.operators)) for stage, block in blocks)
+        ops = [op for stage, block in blocks for op in self._merged(stage, block.operators)]
+        linear = sum(burden(self._timed.price(op)) for op in ops)
         (relu,) = self._option_ops("block1", ("", True))
         nonlinear = drelus * burden(self._timed.price(relu)) / base_cost(relu).drelus
         return linear / max(nonlinear, 1e-12)
 
     def block(self, stage: int, operators: Sequence[str]) -> Cost:
-        """The linear part of a block, merged where that is cheaper."""
-        return self._priced(self.cost, stage, tuple(operators))
+        """The linear part of a block, merged as `merge` would merge it between two ReLUs."""
+        return total(self.cost.price(op) for op in self._merged(stage, tuple(operators)))
 
     @cached_property
     def fixed(self) -> Cost:
         """Of stem, transitions, joins and classifier where nothing merges with them: exact in MACs only."""
-        known = [o for o in self.space.operators if o != "none"]
-        # a kernel and a ReLU everywhere: nothing is merged from one block to the next
-        network = self.space.network(known[-1:], relu=True)
-        spent = self.exact(assemble(self.space, network))
-        for stage, block in zip(self.space.stages(), network.blocks, strict=True):
-            spent = spent + self.block(stage, block.operators).scaled(-1)
-        for k, block in enumerate(network.blocks, 1):
-            spent = spent + self.option(f"block{k}", ("", block.relu)).scaled(-1)
-        for k, aggregate in enumerate(network.aggregates, 1):
-            spent = spent + self.option(f"aggregate{k}", (aggregate.pool, aggregate.relu)).scaled(-1)
+        blocks, joins = len(self.space.stages()), len(self.space.blocks) - 1
+        aggregate = Aggregate(self.space.pools[0], True)
+        with torch.random.fork_rng([]):
+            frame = Frame(
+                self.space,
+                [nn.ReLU() for _ in range(blocks)],
+                [Joined(self.space, stage, aggregate) for stage in range(joins)],
+            )
+            spent = self.exact(_constant(frame))
+        options = {f"block{k}": ("", True) for k in range(1, blocks + 1)}
+        options |= {f"aggregate{k}": (aggregate.pool, True) for k in range(1, joins + 1)}
+        for site, option in options.items():
+            spent = spent + self.option(site, option).scaled(-1)
         return Cost(**{m: max(0.0, getattr(spent, m)) for m in METRICS})
 
-    @cached_property
-    def cheapest(self) -> Architecture:
-        """One operator a block, and as few comparisons as the space allows."""
-        real = [o for o in self.space.operators if o != "none"]
-        operator = min(real, key=lambda o: burden(self.block(0, [o])))
-        return self.space.network([operator], relu=False, pool="avg" if "avg" in self.space.pools else None)
+    def cheapest(self, metric: str, relus: Sequence[bool] | None = None) -> Architecture:
+        """One operator a block, and as few comparisons as the space and a ReLU map allow."""
+        operator = min((o for o in self.space.operators if o != "none"), key=lambda o: self._rank(metric, o))
+        blocks = tuple(Block((operator,), on) for on in relus or (False,) * sum(self.space.blocks))
+        pool = "avg" if "avg" in self.space.pools else self.space.pools[0]
+        aggregate = Aggregate(pool, not self.space.free)
+        return Architecture(blocks, (aggregate,) * (len(self.space.blocks) - 1))
 
-    @cached_property
-    def least(self) -> Cost:
+    def _rank(self, metric: str, operator: str) -> tuple[float, float, int]:
+        # of equal ones the one that is a single convolution can merge with what is before it
+        alone = self.block(0, [operator])
+        return getattr(alone, metric), burden(alone), len(links(operator, self.space, 0))
+
+    def least(self, metric: str, relus: Sequence[bool] | None = None) -> float:
         """Exact, of the cheapest network."""
-        return self.exact(assemble(self.space, self.cheapest))
+        return float(getattr(self.whole(self.cheapest(metric, relus)), metric))
 
-    @property
-    def fewest_macs(self) -> float:
-        """Of a network with one operator a block, where nothing merges across blocks."""
-        real = [o for o in self.space.operators if o != "none"]
-        return self.fixed.macs + sum(
-            min(self.block(stage, [o]).macs for o in real) for stage in self.space.stages()
-        )
-
-    def linear(self, operators: Sequence[Sequence[str]]) -> Cost:
-        """Of a network with these operators in its blocks and the fewest comparisons, about."""
-        spent = self.least
-        for stage, names, block in zip(self.space.stages(), operators, self.cheapest.blocks, strict=True):
-            spent = spent + self.block(stage, names) + self.block(stage, block.operators).scaled(-1)
-        return spent
+    def linear(self, operators: Sequence[Sequence[str]], metric: str, relus: Sequence[bool] | None) -> float:
+        """About, of a network with these operators in its blocks and otherwise the cheapest."""
+        known = zip(self.space.stages(), operators, self.cheapest(metric, relus).blocks, strict=True)
+        pairs = [(self.block(s, names), self.block(s, block.operators)) for s, names, block in known]
+        more = sum(getattr(one, metric) - getattr(two, metric) for one, two in pairs)
+        return self.least(metric, relus) + float(more)
 
     def expectation(self, net: Supernet, metric: str) -> Callable[[], Tensor]:
         """The mean of a cost over the probabilities of the choices and the weights of the operators.
@@ -197,38 +205,42 @@ class Prices:
         elif pool == "avg":
             ops.append(AvgPool2d(name=pool, inputs=inputs, shape=shape, kernel=(2, 2), stride=(2, 2)))
         elif pool == "conv":
-            ops.append(replace(_conv(pool, C, size, (2, 2), 1), stride=(2, 2)))
+            ops.append(Geometry(C, C, (2, 2), (2, 2), (0, 0), False, True).op(size))
         if relu:
             ops.append(Relu(name="relu", inputs=inputs, shape=shape, patches=((1, 1),) * C))
         return ops
 
-    def _priced(self, cost: Rates, stage: int, operators: tuple[str, ...]) -> Cost:
-        """The cheapest way to write a sum: the operators with the smallest kernels as one convolution."""
-        key = (cost is self.cost, stage, operators)
-        if key not in self._known:
-            self._known[key] = self._cheapest(cost, stage, operators)
-        return self._known[key]
+    def _merged(self, stage: int, operators: tuple[str, ...]) -> tuple[Op, ...]:
+        """Convolutions and pools of a sum of operators, as `merge` would leave them."""
+        key = (stage, operators)
+        if key not in self._sums:
+            graph = fx.Graph()
+            source = graph.placeholder("input")
+            sums = Reduction(graph, {source: self.space.shape(stage)}, self._burden)
+            ends = []
+            for name in operators:
+                end = source
+                for link in links(name, self.space, stage):
+                    end = sums.append(link, end, "convolution")
+                ends.append(end)
+            graph.output(reduce(sums.add, ends) if ends else source)
+            sums.reduce()
+            self._sums[key] = sums.ops()
+        return self._sums[key]
 
-    def _cheapest(self, cost: Rates, stage: int, operators: tuple[str, ...]) -> Cost:
-        C, H, W = self.space.shape(stage)
-        foldable: list[tuple[tuple[int, int], Cost]] = []
-        apart = Cost()
-        for name in operators:
-            alone = total(cost.price(op) for op in operator_ops(name, self.space, stage))
-            kernel = extent(name, self.space.borders)
-            if kernel is None:
-                apart = apart + alone
-            else:
-                foldable.append((kernel, alone))
-        foldable.sort(key=lambda pair: math.prod(pair[0]))
-        best = apart + total(alone for _, alone in foldable)
-        for count in range(1, len(foldable) + 1):
-            rows, columns = (max(k[axis] for k, _ in foldable[:count]) for axis in (0, 1))
-            one = cost.price(_conv("merged", C, (H, W), (rows, columns), 1))
-            best = min(best, apart + one + total(alone for _, alone in foldable[count:]), key=burden)
-        return best
+    @cached_property
+    def _burden(self) -> Callable[[Op], float]:
+        return cache(lambda op: burden(self.cost.price(op)))
 
     @cached_property
     def _timed(self) -> Rates:
         (relu,) = self._option_ops("block1", ("", True))
         return self.rates if burden(self.rates.price(relu)) else PublishedRates()
+
+
+def _constant(network: nn.Module) -> nn.Module:
+    """Every batch-norm adds something, as after training: what merges depends on it."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.bias)
+    return network

@@ -169,6 +169,11 @@ class Space:
         relus = 0 if self.free else self.floor
         return relus + (COMPARISONS * self.floor if self.pools == ("max",) else 0)
 
+    @property
+    def most(self) -> int:
+        """The comparisons of a network with every ReLU, and a max-pool wherever it may be."""
+        return self.maximum + (COMPARISONS * self.floor if "max" in self.pools else 0)
+
     def network(self, operators: Sequence[str], *, relu: bool, pool: Pool | None = None) -> Architecture:
         """The same choice everywhere."""
         block = Block(tuple(o for o in self.operators if o in operators and o != "none"), relu)
