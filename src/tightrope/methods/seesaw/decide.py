@@ -215,7 +215,7 @@ def _real(mixture: Mixture, without: int = -1) -> list[str]:
 
 
 def _macs(net: Supernet, prices: Prices) -> float:
-    """Exact for blocks with a ReLU, and not before a first operator that merges with a transition."""
+    """Where every block has a ReLU; too many where a transition merges with the block after it."""
     blocks = zip(prices.space.stages(), net.mixtures, strict=True)
     return prices.fixed.macs + sum(prices.block(stage, _real(m)).macs for stage, m in blocks)
 
