@@ -157,6 +157,36 @@ def test_output_that_is_not_a_bundle(
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            ("search", "--budget", "drelus<=12%", "--method", m)
+            for m in ("block_relu", "paf", "reengineer", "seesaw")
+        ),
+        ("binas", "--budget", "macs<=50%"),
+        ("binas", "--budget", "macs<=50%", "--out", "fine", "--work"),
+        ("measure",),
+        ("calibrate",),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+) -> None:
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("read data")
+
+    monkeypatch.setattr("tightrope.data.load", never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    option = () if command[-1] == "--work" else ("--out",)
+    refused(monkeypatch, capsys, *command, *option, "file/a/b", says="nothing can be written there")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("command", ["apply", "finetune", "run", "report", "curve"])
 def test_no_bundle(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

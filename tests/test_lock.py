@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tightrope.errors import BundleError
-from tightrope.lock import NAME, check_unlocked, locked
+from tightrope.errors import BundleError, InputError
+from tightrope.lock import NAME, check_unlocked, check_writable, locked
 
 HOLD = """
 import sys, pathlib, tightrope.lock
@@ -43,3 +43,24 @@ def test_the_lock_goes_with_what_was_locked(tmp_path: Path) -> None:
             check_unlocked(tmp_path)
         raise ValueError("work")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, tmp_path / "a" / "b", Path("a/b"), Path()):
+        check_writable(place)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named_with_what_is_in_the_way(tmp_path: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    link.symlink_to(tmp_path / "nowhere")
+    for place, got in ((file / "a" / "b", f"{file}: Not a directory"), (link / "a", f"{link}: No such file")):
+        with pytest.raises(InputError, match=rf"where: +{place}\n +got: +{got}[\s\S]*another --work"):
+            check_writable(place, "another --work")
+    if sys.platform == "linux":  # of the kernel: nobody can write there
+        with pytest.raises(InputError, match="nothing can be written there"):
+            check_writable(Path("/proc/none"))

@@ -38,7 +38,7 @@ from tightrope.decisions import decisions
 from tightrope.errors import BundleError, InputError
 from tightrope.forms import Amount, mismatch, parse
 from tightrope.lock import NAME as LOCK
-from tightrope.lock import check_unlocked, locked
+from tightrope.lock import check_unlocked, check_writable, locked
 from tightrope.nn.group_max import GroupMax
 from tightrope.place import tensors_sha256
 from tightrope.program import Program, base_cost
@@ -173,7 +173,8 @@ class Bundle:
     @staticmethod
     def check_target(path: Path, *, overwrite: bool = False) -> None:
         """Raise InputError unless `path` may become a bundle: new, empty, the beginnings of a bundle, or one
-        that holds nothing beyond its plan and an untrained network; with `overwrite` any bundle.
+        that holds nothing beyond its plan and an untrained network; with `overwrite` any bundle. And unless
+        it can be written, so that no work is lost.
 
         Raises BundleError when another command is writing there.
         """
@@ -192,6 +193,7 @@ class Bundle:
                 fix="another --out, or --overwrite",
             )
         check_unlocked(path)
+        check_writable(path)
 
     @classmethod
     def open(cls, path: Path) -> Bundle:

@@ -241,9 +241,11 @@ def calibrate(
 ) -> Json:
     """Measure what this machine takes per unit of work: search and run --estimate predict times from it."""
     from tightrope.bundle import write_json
+    from tightrope.lock import check_writable
     from tightrope.runtimes import runtime_type
 
     view = View(as_json)
+    check_writable(out.parent)
     with view.progress() as progress:
         found = runtime_type(runtime)().calibrate(progress)
     write_json(out, found)

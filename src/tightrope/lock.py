@@ -1,16 +1,28 @@
-"""One writer at a time: a lock that ends with the process holding it, however that ends."""
+"""Whether a directory can be written, and by one writer at a time: a lock ends with the process that has it."""
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tightrope.errors import BundleError
+from tightrope.errors import BundleError, InputError
 
 NAME = ".lock"
+
+
+def check_writable(directory: Path, fix: str = "another --out") -> None:
+    """Raise InputError unless `directory` can be written, or made; nothing is left there."""
+    there = next(p for p in (directory, *directory.absolute().parents) if os.path.lexists(p))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        got = error.strerror if there == directory else f"{there}: {error.strerror}"
+        raise InputError("nothing can be written there", where=str(directory), got=got, fix=fix) from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import nn
 
 from tightrope.device import Shape, conditions, open_device, time_ms, torch_threads
 from tightrope.errors import InputError
+from tightrope.lock import check_writable
 from tightrope.methods.binas import latency
 from tightrope.methods.binas.latency import LatencyTable
 from tightrope.methods.binas.parts import parts
@@ -41,6 +42,7 @@ def measure(
     """
     if runs < 2:
         raise InputError("a quartile needs at least two runs", got=runs)
+    check_writable(path.parent)
     engine = open_device(device, threads)
     now = conditions(device, engine, threads=threads, batch=batch, clock=clock)
     table = latency.empty(space, now, visits=visits, fitted=fitted, held_out=held_out, seed=seed)

@@ -17,6 +17,7 @@ from tightrope.device import CLOCKS, conditions, open_device, time_ms, torch_thr
 from tightrope.errors import BudgetError, InputError
 from tightrope.graph import trace
 from tightrope.learning import EVERYTHING, ask, keep
+from tightrope.lock import check_writable
 from tightrope.lower import lower
 from tightrope.measure import measure as measure_latency
 from tightrope.methods import Learned, Shown
@@ -179,6 +180,7 @@ def find(
     if unknown := sorted({limit.metric for limit in limits.limits} - set(LIMITED)):
         raise BudgetError("binas limits other quantities", got=unknown[0], allowed=LIMITED)
     Bundle.check_target(out, overwrite=overwrite)
+    check_writable(work, "another --work")
     images = datasets.load(data, root=root, image_size=image_size)
     work.mkdir(parents=True, exist_ok=True)
     timed = target.table is not None or any(limit.metric == METRIC for limit in limits.limits)

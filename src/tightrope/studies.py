@@ -46,6 +46,7 @@ def defects(
     from tightrope import models
     from tightrope.bundle import write_json
     from tightrope.graph import trace
+    from tightrope.lock import check_writable
     from tightrope.methods import check_settings, parse_settings
     from tightrope.methods.reengineer.defects import Study, over_seeds
 
@@ -55,6 +56,8 @@ def defects(
     study = Study(**given)
     if seeds < 1:
         raise InputError("seeds must be positive", got=seeds)
+    if out is not None:
+        check_writable(out.parent)
     images = datasets.load(data, root=root, image_size=image_size)
     if classes is not None:
         images = datasets.view(images, datasets.parse_task(images.classes, chosen=classes, seed=study.seed))
