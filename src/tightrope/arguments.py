@@ -29,6 +29,7 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a bundle that holds a fine-tuned network or measurements."),
 ]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")]
 Model = Annotated[
     str,
     typer.Option(

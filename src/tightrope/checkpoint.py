@@ -22,7 +22,6 @@ from tightrope.forms import parse
 from tightrope.types import SCHEMA, Json, atomic_write, check_schema
 
 KEY = "tightrope"  # of the one entry in the safetensors header
-_ELSE = "delete it, or name another file, to start anew"
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ def save(path: Path, run: Mapping[str, Json], checkpoint: Checkpoint) -> None:
         raise InputError("cannot write the checkpoint", where=str(path), got=str(error)) from error
 
 
-def load(path: Path, run: Mapping[str, Json]) -> Checkpoint | None:
-    """The checkpoint at `path`, or None where there is no file.
+def load(path: Path, run: Mapping[str, Json], anew: str = "--restart, or delete it") -> Checkpoint | None:
+    """The checkpoint at `path`, or None where there is no file. `anew`: how a user starts anew.
 
     Raises BundleError when the file is damaged, or written by another run; nothing is changed.
     """
@@ -63,19 +62,19 @@ def load(path: Path, run: Mapping[str, Json]) -> Checkpoint | None:
         found, progress = body["run"], body["progress"]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise BundleError(
-            "the checkpoint is damaged, or no checkpoint", where=str(path), got=str(error), fix=_ELSE
+            "the checkpoint is damaged, or no checkpoint", where=str(path), got=str(error), fix=anew
         ) from error
     if sha256 != _digest(tensors, body):
         raise BundleError(
             "the checkpoint is damaged",
             where=str(path),
             got="contents unlike their hash",
-            fix=_ELSE,
+            fix=anew,
         )
-    differences = list(_differences(found, json.loads(json.dumps(run))))
-    if differences:
+    other = list(differences(found, run))
+    if other:
         raise BundleError(
-            "the checkpoint belongs to another run", where=str(path), got="; ".join(differences), fix=_ELSE
+            "the checkpoint belongs to another run", where=str(path), got="; ".join(other), fix=anew
         )
     return Checkpoint(tensors, progress)
 
@@ -114,8 +113,12 @@ def _digest(tensors: Mapping[str, Tensor], body: Json) -> str:
     return digest.hexdigest()
 
 
+def differences(found: Json, wanted: Json) -> Iterator[str]:
+    """What differs from what was found in JSON, leaf by leaf; hashes are cut short."""
+    yield from _differences(found, json.loads(json.dumps(wanted)))
+
+
 def _differences(found: Json, wanted: Json, where: str = "") -> Iterator[str]:
-    """What differs, leaf by leaf; hashes are cut short."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
             yield from _differences(found.get(key), wanted.get(key), f"{where}.{key}".lstrip("."))

@@ -58,6 +58,7 @@ def search(
     nodes: arg.Nodes = 1,
     accelerator: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     overwrite: arg.Overwrite = False,
+    restart: arg.Restart = False,
     as_json: arg.AsJson = False,
 ) -> Json | None:
     """Measure every option of a network and choose the best ones within a budget."""
@@ -80,7 +81,7 @@ def search(
     asked: Json = {
         "model": model, "data": data, "method": method, "config": config, "weights": weights, "root": root,
         "image_size": image_size, "runtime": runtime, "pricing": prices, "budget": budget, "out": out,
-        "overwrite": overwrite, "shard": shard,
+        "overwrite": overwrite, "restart": restart, "shard": shard,
     }  # fmt: skip
     wanted = Wanted(classes=classes, superclasses=superclasses, new_data=new_data)
     with view.progress() as progress:
@@ -173,7 +174,7 @@ def finetune(
     nodes: Annotated[int, typer.Option(help="Machines.")] = RECIPE.nodes,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = RECIPE.accelerator,
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = RECIPE.precision,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
+    restart: arg.Restart = False,
     test: Annotated[bool, typer.Option("--test", help="Then read the test split, once.")] = False,
     as_json: arg.AsJson = False,
 ) -> Json | None:

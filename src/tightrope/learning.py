@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from tightrope.place import model_sha256
 from tightrope.rewrite import method_of
 from tightrope.shard import Shard
 from tightrope.types import Budget, Json, Link, Plan
+from tightrope.unfinished import going_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,24 +87,30 @@ def learn(
     out: Path,
     *,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress,
     warn: Callable[[str], object],
     shard: Shard,
 ) -> Bundle:
-    """One task: train within the budget, write a bundle. `warn` hears of a network no better than chance."""
+    """One task: train within the budget, write a bundle. `warn` hears of a network no better than chance.
+
+    An interrupted call is gone on with, if it is the same, or forgotten (`restart`); see `unfinished`.
+    """
     method = donor.method
     assert isinstance(method, Learner)
     asked = ask(donor.images, wanted, donor.about["image_size"], int(getattr(method, "seed", 0)))
-    learned = method.learn(
-        donor.graph,
-        asked.data,
-        task=asked.task,
-        budget=budget,
-        cost=donor.cost,
-        workdir=out / LEARNING,
-        progress=progress,
-        shard=shard,
-    )
+    workdir, run = out / LEARNING, _run(donor, asked, budget)
+    with going_on(workdir, run, progress, restart=restart, shard=shard) as told:
+        learned = method.learn(
+            donor.graph,
+            asked.data,
+            task=asked.task,
+            budget=budget,
+            cost=donor.cost,
+            workdir=workdir,
+            progress=told,
+            shard=shard,
+        )
     if shard.first:
         about = {**donor.about, "task": asked.to_json()}
         bundle = Bundle.create(out, about, donor.net, overwrite=overwrite)
@@ -113,12 +122,28 @@ def learn(
     return Bundle(out)
 
 
+def _run(donor: Donor, asked: Asked, budget: Budget) -> dict[str, Json]:
+    """Which search it is, in words of the command line."""
+    about = donor.about
+    prices = hashlib.sha256(json.dumps(about["pricing"], sort_keys=True).encode()).hexdigest()
+    return {
+        "method": donor.method.name,
+        "set": asdict(donor.method),  # type: ignore[call-overload]
+        "budget": str(budget),
+        "model": {"name": about["model"], "weights": model_sha256(donor.graph.module)},
+        "data": about["data"],
+        "task": asked.to_json(),
+        "runtime": {"name": about["runtime"], "prices": prices},
+    }
+
+
 def learn_each(
     donor: Donor,
     budget: Budget,
     out: Path,
     *,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress,
     warn: Callable[[str], object],
     shard: Shard,
@@ -143,7 +168,8 @@ def learn_each(
         one = Wanted(classes=str(k))
         learn(
             donor, one, budget, paths[k],
-            overwrite=overwrite, progress=lambda *_: None, warn=warn, shard=Shard(device=shard.device),
+            overwrite=overwrite, restart=restart, progress=lambda *_: None, warn=warn,
+            shard=Shard(device=shard.device),
         )  # fmt: skip
         progress("tasks", done + 1, len(own))
     shard.barrier()

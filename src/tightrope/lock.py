@@ -1,4 +1,4 @@
-"""Whether a directory can be written, and by one writer at a time: a lock ends with the process that has it."""
+"""Whether a directory can be written, and by one writer at a time: a lock ends with its process."""
 
 from __future__ import annotations
 

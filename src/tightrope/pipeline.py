@@ -5,6 +5,7 @@ The command line is a thin layer over these; they can be called from Python just
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
@@ -61,6 +62,7 @@ def search(
     pricing: Mapping[str, Json] | None = None,
     wanted: Wanted = EVERYTHING,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress = quiet,
     warn: Callable[[str], object] = warnings.warn,
     shard: Shard = SINGLE,
@@ -68,8 +70,9 @@ def search(
     """Measure every option of `model` on training images, solve for `budget`, write a bundle at `out`.
 
     `pricing`: settings of the runtime's prices, for mpc its `network` and `profile`.
-    Interrupted, the same call goes on where it stopped. A bundle with a fine-tuned network or measurements
-    is replaced only with `overwrite`. `wanted`: a task of its own, for a method that makes a network for one.
+    Interrupted, the same call goes on where it stopped, or anew with `restart`. A bundle with a fine-tuned
+    network or measurements is replaced only with `overwrite`. `wanted`: a task of its own, for a method that
+    makes a network for one.
     `runtime`: None for the method's. `warn` hears of a network, given or learned, that classifies no better
     than chance.
     Raises a TightropeError before anything is written when the budget, the model or the data cannot be used.
@@ -87,9 +90,13 @@ def search(
     about = donor.about
     if isinstance(chosen, Learner):
         return learn(
-            donor, wanted, limits, out, overwrite=overwrite, progress=progress, warn=warn, shard=shard
-        )
+            donor, wanted, limits, out,
+            overwrite=overwrite, restart=restart, progress=progress, warn=warn, shard=shard,
+        )  # fmt: skip
     wanted.refuse(method)
+    if restart and shard.first:
+        shutil.rmtree(out / DISTORTION, ignore_errors=True)
+    shard.barrier()
     chooser = Chooser(chosen, cost, limits, lambda: (graph, images))
     unchanged: list[Cost | None] = []
 
@@ -124,6 +131,7 @@ def search_each(
     budget: str,
     out: Path,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress = quiet,
     warn: Callable[[str], object] = warnings.warn,
     shard: Shard = SINGLE,
@@ -135,8 +143,9 @@ def search_each(
     """
     limits = Budget.parse(budget)
     return learn_each(
-        open_donor(**donor), limits, out, overwrite=overwrite, progress=progress, warn=warn, shard=shard
-    )
+        open_donor(**donor), limits, out,
+        overwrite=overwrite, restart=restart, progress=progress, warn=warn, shard=shard,
+    )  # fmt: skip
 
 
 def read_profile(path: Path) -> Json:

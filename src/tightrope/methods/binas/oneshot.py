@@ -24,6 +24,7 @@ from tightrope.finetune import finetune
 from tightrope.hints import Watch, mean_square
 from tightrope.methods.binas.extract import inherit
 from tightrope.methods.binas.ranking import importance, reorder
+from tightrope.methods.binas.rows import ANEW
 from tightrope.methods.binas.space import Space
 from tightrope.methods.binas.supernet import Norms, Supernet
 from tightrope.models.mobilenet import MobileNet, mobilenet
@@ -159,7 +160,7 @@ def load(path: Path, space: Space) -> Supernet:
     """A saved supernet, in evaluation mode. Raises InputError where there is none, BundleError for a damaged
     file and for one of another space.
     """
-    found = disk.load(path, {"space": space.sha256()})
+    found = disk.load(path, {"space": space.sha256()}, ANEW)
     if found is None or "norms" not in found.progress:
         raise InputError("no supernet", where=str(path), fix="train it first")
     return _restored(found, space)
@@ -177,7 +178,7 @@ def _save(path: Path, space: Space, model: nn.Module, facts: Mapping[str, Json])
 
 def _finished(path: Path, space: Space, made: Mapping[str, Json]) -> disk.Checkpoint | None:
     """What an earlier call with the same arguments wrote. Raises BundleError for the work of another one."""
-    found = disk.load(path, {"space": space.sha256()})
+    found = disk.load(path, {"space": space.sha256()}, ANEW)
     if found is None:
         return None
     before, now = found.progress.get("made", {}), json.loads(json.dumps(made))

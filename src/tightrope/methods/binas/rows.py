@@ -19,6 +19,7 @@ from tightrope.place import tensors_sha256
 from tightrope.types import Json
 
 SAVE_EVERY_S = 10.0
+ANEW = "delete it, or another --work"
 Hits = NDArray[np.bool_]
 
 
@@ -35,7 +36,7 @@ class Rows:
         self.saved, self.when = 0, time.monotonic()
 
     def __enter__(self) -> Rows:
-        kept = None if self.file is None else disk.load(self.file, self.run)
+        kept = None if self.file is None else disk.load(self.file, self.run, ANEW)
         if kept is not None:
             keys, packed = kept.progress["keys"], kept.tensors["hits"].numpy()
             if packed.shape != (len(keys), -(-self.images // 8)):
