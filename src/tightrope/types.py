@@ -82,7 +82,7 @@ class Limit:
         return f"{self.metric}<={shown}"
 
 
-_LIMIT = re.compile(r"^\s*([a-z_]+)\s*<=\s*([0-9.eE+_-]+)\s*(%|x)?\s*$")
+_LIMIT = re.compile(r"^\s*([a-z_]+)\s*<=\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9.eE+_-]+)\s*(%|x)?\s*$")
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read limits separated by commas. `%` and `x` are relative to the unchanged network: 12% is 0.12x.
-        `latency_ms` is `online_ms`.
+        `latency_ms` is `online_ms`. Digits may be grouped: 6,480.
 
         Raises BudgetError for anything that is not `METRIC<=NUMBER[%|x]`.
         """
         limits = []
-        for part in text.split(","):
+        for part in re.split(r",(?=\s*[a-z_]|\s*$)", text):
             match = _LIMIT.match(part)
             if match is None:
                 raise BudgetError(
@@ -115,7 +115,7 @@ class Budget:
                     "unknown quantity in the budget", got=metric, allowed=near(metric, (*ADDITIVE, *ALONG))
                 )
             try:
-                value = float(number.replace("_", ""))
+                value = float(re.sub("[,_]", "", number))
             except ValueError:
                 raise BudgetError("not a number in the budget", got=number) from None
             value *= 0.01 if unit == "%" else 1.0
