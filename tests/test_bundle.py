@@ -178,6 +178,24 @@ def test_a_damaged_file_is_named(bundle, file, read, damage):
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["base.safetensors", "model.safetensors", "start.safetensors", "plan.safetensors", "program.json",
+     "program.safetensors"],
+)  # fmt: skip
+def test_a_cut_file_is_found_whether_or_not_it_is_used(bundle, name):
+    bundle.save_start(bundle.model())
+    bundle.save_learned({"masks": torch.ones(100)}, bundle.plan().base_sha256, {})
+    bundle.check()
+    whole = (bundle.path / name).read_bytes()
+    for damaged in (whole[:200], whole[:-3] + b"xyz"):
+        (bundle.path / name).write_bytes(damaged)
+        with pytest.raises(BundleError, match="damaged"):
+            bundle.check()
+    (bundle.path / name).unlink()
+    bundle.check()  # what was never made is not damaged
+
+
+@pytest.mark.parametrize(
     ("file", "read", "message"),
     [
         ("bundle.json", lambda b: b.base(), "lacks a file"),

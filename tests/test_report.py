@@ -52,7 +52,8 @@ def program() -> Program:
         Linear(name="fc", inputs=("flatten",), shape=(10,), in_features=4),
     )
     names = [Program.INPUT, *(op.name for op in ops), *(f"{s}:tiles" for s in SIZES)]
-    return Program(ops, (1, 8, 8), "fc", {}, dict.fromkeys(names, 2.0))
+    tensors = {f"{op.name}.{part}": np.zeros(shapes[0]) for op in ops for part, shapes in op.parts.items()}
+    return Program(ops, (1, 8, 8), "fc", tensors, dict.fromkeys(names, 2.0))
 
 
 def problem(meta: dict[str, Any]) -> Problem:

@@ -129,12 +129,14 @@ def _save_weights(path: Path, model: nn.Module) -> None:
     atomic_write(path, lambda f: f.write(data))
 
 
-def _load_weights(path: Path, model: nn.Module) -> nn.Module:
+def _load_weights(path: Path, model: nn.Module | None = None) -> None:
+    """Into `model`; without one they are only checked."""
     try:
         with safe_open(path, framework="pt") as file:
             sha256 = (file.metadata() or {}).get("sha256")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        model.load_state_dict(tensors, strict=True)
+        if model is not None:
+            model.load_state_dict(tensors, strict=True)
     except FileNotFoundError:
         raise BundleError("the bundle lacks its weights", where=str(path)) from None
     except Exception as error:  # safetensors and torch raise many kinds
@@ -146,7 +148,6 @@ def _load_weights(path: Path, model: nn.Module) -> nn.Module:
     if sha256 != tensors_sha256(tensors):
         got = "no hash" if sha256 is None else f"contents unlike the hash {sha256[:12]}…"
         raise BundleError("the weights are damaged: not those that were saved", where=str(path), got=got)
-    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Bundle:
         spec, classes, channels = self._named("model", "num_classes", "in_channels")
         model = resolve(spec, num_classes=classes, in_channels=channels)
         try:
-            return _load_weights(self.path / "base.safetensors", model)
+            _load_weights(self.path / "base.safetensors", model)
         except BundleError as error:
             if source(spec) is None:
                 raise
@@ -225,6 +226,16 @@ class Bundle:
                 got=error,
                 fix="the same search again there, or this one on what is there now",
             ) from error
+        return model.eval()
+
+    def check(self) -> None:
+        """Raise BundleError for a file with a hash of its contents that is cut or was changed."""
+        for name in ("base.safetensors", "model.safetensors", START):
+            if (self.path / name).exists():
+                _load_weights(self.path / name)
+        self.learned(self.plan())
+        if all((self.path / name).exists() for name in ("program.json", "program.safetensors")):
+            self.program()
 
     def data(self) -> Data:
         """The images of the bundle's task. Raises BundleError when they are no longer those of the search."""
@@ -318,7 +329,8 @@ class Bundle:
         """Rebuild the base, apply the plan, load the weights strictly."""
         plan = self.plan()
         model = apply(self.base(), plan, self.learned(plan))
-        return _load_weights(self.path / "model.safetensors", model)
+        _load_weights(self.path / "model.safetensors", model)
+        return model.eval()
 
     def rewritten(self) -> fx.GraphModule:
         """The base under the plan as fine-tuning starts: with the weights of `save_start`, if any."""
@@ -326,6 +338,7 @@ class Bundle:
         model = apply(self.base(), plan, self.learned(plan))
         if start.exists():
             _load_weights(start, model)
+            model.eval()
         return model
 
     def save_start(self, tuned: nn.Module) -> None:

@@ -18,8 +18,9 @@ def write(bundle: Bundle) -> Path:
     """Write both files into the bundle and return the path of the report.
 
     Parts that the bundle lacks are named together with the command that makes them. Raises BundleError when
-    there is no plan or no problem yet, or when a file is damaged; then nothing is written.
+    there is no plan or no problem yet, or when any file is damaged; then nothing is written.
     """
+    bundle.check()
     if bundle.record():
         rendered = learned.render(bundle)
     else:
