@@ -94,6 +94,23 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
         "try:     --accelerator cpu",
     ),
     "nonsense choice": (("--budget", "drelus<=12%", "--max-pool", "zz"), "allowed: keep, avg"),
+    "an option twice": (
+        ("--budget", "drelus<=12%", "--seed", "2", "--set", "seed=1"),
+        "a setting has two values\n  got:     --seed 2 and --set seed=1",
+    ),
+    "a setting twice": (
+        ("--budget", "drelus<=12%", "--set", "seed=1", "--set", "seed=2"),
+        "--set seed=1 and --set seed=2",
+    ),
+    "an option of others": (
+        ("--budget", "drelus<=12%", "--method", "paf", "--no-repair"),
+        "--no-repair is no option of the method paf\n  got:     --no-repair with --method paf\n"
+        "  allowed: --method block_relu",
+    ),
+    "patterns of others": (
+        ("--budget", "drelus<=12%", "--method", "reengineer", "--sites", "foo*"),
+        "got:     --sites foo* with --method reengineer\n  allowed: --method block_relu or paf",
+    ),
     "unpriced quantity": (("--budget", "power<=12%"), "offline_bytes, offline_ms, online_bytes"),
     "no budget at all": ((), "--budget"),
 }
@@ -104,7 +121,7 @@ def test_bad_search(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args, says = BAD[name]
-    quick = () if "--samples" in args else QUICK
+    quick = () if {"--samples", "--method"} & set(args) else QUICK
     refused(monkeypatch, capsys, "search", "--out", tmp_path / "out", *args, *quick, says=says)
     assert not (tmp_path / "out").exists()
 
@@ -303,3 +320,17 @@ def test_help_shows_every_word_of_it() -> None:
     texts = [getattr(one, "help", None) or "" for command in commands for one in command.params]
     # brackets are markup unless escaped
     assert [text for text in texts if Text.from_markup(text).plain != text.replace("\\", "")] == []
+
+
+def test_help_says_which_methods_have_an_option() -> None:
+    from dataclasses import fields
+
+    from tightrope.methods import METHODS, method_type
+
+    search = typer.main.get_command(app).commands["search"]  # type: ignore[attr-defined]
+    helps = {one.name: one.help for one in search.params}
+    have = {name: {field.name for field in fields(method_type(name))} for name in METHODS}
+    for option in ("sites", "samples", "repair", "verify", "max_pool", "relu6"):
+        named = {name for name in METHODS if name in helps[option]}
+        assert named == {name for name in METHODS if option in have[name]}
+    assert all("seed" in known for known in have.values())

@@ -51,23 +51,32 @@ Superclasses = Annotated[
 ]
 NewData = Annotated[str | None, typer.Option(help="Of reengineer: images of another task.")]
 Sites = Annotated[
-    str | None, typer.Option(help="Shell patterns of activations to decide, comma-separated. \\[default: *]")
+    str | None,
+    typer.Option(help="Of block_relu, paf: shell patterns of activations, comma-separated. \\[default: *]"),
 ]
 Samples = Annotated[
-    int | None, typer.Option(help="Training images behind each predicted loss. \\[default: 256]")
+    int | None,
+    typer.Option(help="Of block_relu, paf, seesaw: images behind each loss. \\[default: the method's]"),
 ]
 Repair = Annotated[
     bool | None,
     typer.Option(
         "--repair/--no-repair",
-        help="Charge an option for what remains after rescaling its channel. \\[default: repair]",
+        help="Of block_relu: charge what remains after rescaling a channel. \\[default: repair]",
     ),
 ]
 Verify = Annotated[
-    int | None, typer.Option(help="Options measured exactly, for the rank correlation. \\[default: 100]")
+    int | None,
+    typer.Option(help="Of block_relu: options measured exactly, for the rank correlation. \\[default: 100]"),
 ]
-MaxPool = Annotated[str | None, typer.Option(help="keep, or avg: average-pools instead. \\[default: keep]")]
-Relu6 = Annotated[str | None, typer.Option(help="keep (two comparisons), or relu. \\[default: keep]")]
+MaxPool = Annotated[
+    str | None,
+    typer.Option(help="Of block_relu: keep, or avg; of paf: tournament, keep or avg. \\[default: the first]"),
+]
+Relu6 = Annotated[
+    str | None, typer.Option(help="Of block_relu: keep (two comparisons), or relu. \\[default: keep]")
+]
+Seed = Annotated[int | None, typer.Option(help="Of every random choice. \\[default: 0]")]
 PricedBy = Annotated[
     str | None, typer.Option("--runtime", help="Whose costs price the options. \\[default: the method's]")
 ]

@@ -53,7 +53,7 @@ def search(
     runtime: arg.PricedBy = None,
     network: arg.Network = None,
     profile: arg.Profile = None,
-    seed: int = 0,
+    seed: arg.Seed = None,
     devices: arg.Devices = 1,
     nodes: arg.Nodes = 1,
     accelerator: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -64,7 +64,7 @@ def search(
     """Measure every option of a network and choose the best ones within a budget."""
     from tightrope import pipeline
     from tightrope.learning import EACH, Wanted
-    from tightrope.methods import parse_settings
+    from tightrope.options import method_settings
     from tightrope.shard import launch
 
     view = View(as_json)
@@ -74,7 +74,7 @@ def search(
         "sites": sites, "samples": samples, "repair": repair, "verify": verify, "max_pool": max_pool,
         "relu6": relu6, "seed": seed,
     }  # fmt: skip
-    config = {k: v for k, v in given.items() if v is not None} | parse_settings(settings or [])
+    config = method_settings(method, given, settings or [])
     prices: Json = {} if network is None else {"network": network}
     if profile is not None:
         prices["profile"] = pipeline.read_profile(profile)

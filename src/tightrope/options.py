@@ -1,8 +1,9 @@
-"""The options of `tightrope run` that belong to one runtime, as settings of its configuration."""
+"""Options of `run` that belong to one runtime, and of `search` to some methods, as settings of these."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from tightrope.errors import InputError
@@ -36,7 +37,7 @@ def settings(bundle: Bundle, runtime: str, asked: Mapping[str, Json]) -> dict[st
     given = {name: value for name, value in asked.items() if value is not None}
     for name in given:
         if OWNERS[name] != runtime:
-            option = "--" + name.replace("_", "-")
+            option = flag(name)
             raise InputError(
                 f"{option} is an option of the {OWNERS[name]} runtime",
                 got=f"{option} with --runtime {runtime}",
@@ -52,3 +53,40 @@ def settings(bundle: Bundle, runtime: str, asked: Mapping[str, Json]) -> dict[st
             raise InputError("--memory-gb is out of range", got=gigabytes, allowed="positive, below 1e6")
         made["memory_bytes"] = int(gigabytes * 1e9)
     return made
+
+
+def method_settings(method: str, asked: Mapping[str, Json], words: Sequence[str]) -> dict[str, Json]:
+    """What the configuration of `method` is made with: options of `search` that were given (not None), and
+    the words of --set.
+
+    Raises InputError for an option that other methods have, and for two values of one setting.
+    """
+    from tightrope.methods import METHODS, method_type, parse_settings
+
+    def known(name: str) -> set[str]:
+        return {field.name for field in fields(method_type(name))}
+
+    made = {name: value for name, value in asked.items() if value is not None}
+    own = known(method)
+    for name, value in made.items():
+        if name not in own:
+            raise InputError(
+                f"{flag(name, value)} is no option of the method {method}",
+                got=f"{_given(name, value)} with --method {method}",
+                allowed="--method " + " or ".join(other for other in METHODS if name in known(other)),
+            )
+    for name, value in parse_settings(words).items():
+        if made.setdefault(name, value) != value:
+            raise InputError(
+                "a setting has two values", got=f"{_given(name, made[name])} and --set {name}={value}"
+            )
+    return made
+
+
+def flag(name: str, value: Json = None) -> str:
+    """The option of a setting; `value` False is that of a switch turned off."""
+    return ("--no-" if value is False else "--") + name.replace("_", "-")
+
+
+def _given(name: str, value: Json) -> str:
+    return flag(name, value) if isinstance(value, bool) else f"{flag(name)} {value}"

@@ -243,16 +243,22 @@ METHODS: dict[str, str] = {
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Json]:
-    """NAME=VALUE: numbers, true, false and null as in JSON; any other value is a text."""
+    """NAME=VALUE: numbers, true, false and null as in JSON; any other value is a text.
+
+    Raises InputError for a word of another form, and for one name with two values.
+    """
     found: dict[str, Json] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not (name and equals):
             raise InputError("a setting is NAME=VALUE", got=word)
+        value: Json
         try:
-            found[name] = parse(text)
+            value = parse(text)
         except ValueError:
-            found[name] = text
+            value = text
+        if found.setdefault(name, value) != value:
+            raise InputError("a setting has two values", got=f"--set {name}={found[name]} and --set {word}")
     return found
 
 
