@@ -65,6 +65,11 @@ def test_patch_classes(patch: tuple[int, int], style: str) -> None:
         (formats.gap(0.0), "0 %"),
         (formats.gap(None), "not predicted"),
         (formats.markdown("a|b <i>\n`c`"), "a\\|b &lt;i&gt; \\`c\\`"),
+        (formats.markdown("drelus<=12%, a < b, </i <!-- <?"), "drelus<=12%, a < b, &lt;/i &lt;\\!-- &lt;?"),
+        (formats.name("/home/me/work/runs/s1"), "runs/s1"),
+        (formats.name("/net.py:tiny"), "/net.py:tiny"),
+        (formats.name("torchvision:resnet18"), "torchvision:resnet18"),
+        (formats.name("arch:" + "x" * 60), "arch:" + "x" * 55 + "…"),
     ],
 )
 def test_numbers_as_people_read_them(shown: str, expected: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from tightrope.types import Budget
 
@@ -12,6 +13,7 @@ _METRICS = {
     "ckks_levels": "CKKS levels",
 }  # fmt: skip
 ABSENT = "not measured"
+LONG = 60  # characters of a network in a title
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 
@@ -115,9 +117,17 @@ def gap(relative: float | None) -> str:
     return "predicted 0" if math.isinf(relative) else percent(relative, 2) if relative else "0 %"
 
 
+def name(spec: str) -> str:
+    """Of a network, for a title: of a path the last two parts, and not longer than a line."""
+    shown = "/".join(spec.split("/")[-2:]) if spec.startswith("/") else spec
+    return shown if len(shown) <= LONG else shown[:LONG] + "…"
+
+
 def markdown(text: object) -> str:
-    """Text that Markdown and the HTML made of it show literally, also inside a table."""
-    flat = " ".join(str(text).split())
-    for plain, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        flat = flat.replace(plain, safe)
+    """Text that Markdown and the HTML made of it show literally, also inside a table.
+
+    A `<` that cannot begin a tag, as in `drelus<=12%`, stays as it is: the text itself is read, too.
+    """
+    flat = " ".join(str(text).split()).replace("&", "&amp;").replace(">", "&gt;")
+    flat = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", flat)
     return "".join(f"\\{c}" if c in "\\`*_{}[]#|!" else c for c in flat)

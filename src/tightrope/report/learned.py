@@ -11,7 +11,6 @@ from tightrope.report.facts import Facts, gather
 from tightrope.report.templates import fill
 from tightrope.types import Budget
 
-LONG = 60  # characters of a model in the title
 Table = tuple[str, str, Sequence[str], list[Sequence[str]]]  # heading, note, columns, rows
 
 
@@ -21,9 +20,9 @@ def render(bundle: Bundle) -> dict[str, str]:
     parts, use = tables(bundle, facts), commands.use(facts)
     task = bundle.task()
     budget = formats.budget(Budget.parse(plan.budget))
-    model = str(about.get("model", plan.base))
-    model = model if len(model) <= LONG else model[:LONG] + "…"
-    title = f"{model}, {budget}" + (f": {' / '.join(task.names)}" if task else "")
+    title = f"{formats.name(str(about.get('model', plan.base)))}, {budget}" + (
+        f": {' / '.join(task.names)}" if task else ""
+    )
     classes = len(bundle.record()["classes"])
     lead = f"Method {plan.method}, data {about.get('data', 'not recorded')}, {classes} classes."
     page = fill("learned.html", title=title, lead=lead, tables=parts, use=use)

@@ -34,7 +34,8 @@ class Tile:
 
 
 def title(facts: Facts) -> str:
-    return f"{facts.about.get('model', facts.plan.base)}, {formats.budget(Budget.parse(facts.plan.budget))}"
+    name = formats.name(str(facts.about.get("model", facts.plan.base)))
+    return f"{name}, {formats.budget(Budget.parse(facts.plan.budget))}"
 
 
 def lead(facts: Facts) -> str:
