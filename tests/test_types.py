@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightrope.errors import BudgetError, BundleError, InputError, TightropeError, near
+from tightrope.errors import BudgetError, BundleError, InputError, TightropeError, meant, near
 from tightrope.types import METRICS, Budget, Cost, Limit, Plan, Problem, Table, atomic_write, total
 
 PLAN = Plan(
@@ -254,12 +254,19 @@ def test_errors_say_what_where_got_allowed_and_how_to_go_on():
 def test_near_names_all_of_few_the_close_ones_first_and_some_of_many():
     assert near("relu9", ["conv", "relu1"]) == "relu1, conv"
     assert near("zzz", ["b", "a"]) == "a, b"
+    assert near("net", ["netb", "neta", "x"]) == "neta, netb, x"  # as close: in their own order
     many = [f"net{k}" for k in range(20)]
     assert near("nt7", many).startswith("net7, ")
     assert near("qq", [*many, "xqwertyy"]).startswith(
         "xqwertyy, "
     )  # of many, the closest whatever the distance
     assert near("qq", many).endswith(", … (20 in all)")
+
+
+def test_meant_is_silent_about_words_that_are_not_alike():
+    known = ["demo", "resnet14", "resnet18", "embedded"]
+    assert meant("nope", known) is None
+    assert meant("resnet19", known) == "near: resnet14, resnet18"
 
 
 def test_an_error_of_the_disk_names_the_file(tmp_path):

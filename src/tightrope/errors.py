@@ -13,7 +13,7 @@ The command line prints the message and exits with status 2; anything else is a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 FEW = 12  # words that a hint lists in full
 
@@ -66,11 +66,23 @@ class ProtocolError(TightropeError):
 def near(name: str, known: Iterable[str]) -> str:
     """A short hint, the closest first: all known words if they are few, else some and how many there are."""
     words = sorted(known)
-    close = get_close_matches(name, words, n=4, cutoff=0.4)
+    close = _closest(name, words, 0.4)
     if len(words) <= FEW:
         return ", ".join([*close, *(word for word in words if word not in close)])
-    close = close or get_close_matches(name, words, n=4, cutoff=0.0)
+    close = close or _closest(name, words, 0.0)
     return ", ".join(close) + f", … ({len(words)} in all)"
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """Beside a list of all known words: those that `name` may be a slip for; None if it is like none."""
+    close = _closest(name, sorted(known), 0.6)
+    return f"near: {', '.join(close)}" if close else None
+
+
+def _closest(name: str, words: list[str], least: float) -> list[str]:
+    """Up to 4, the closest first; words as close as each other in their own order."""
+    apart = {word: -SequenceMatcher(None, word, name).ratio() for word in words}
+    return [word for word in sorted(words, key=apart.__getitem__) if -apart[word] >= least][:4]
 
 
 def _words(allowed: object) -> str:

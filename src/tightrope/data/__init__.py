@@ -12,7 +12,7 @@ from tightrope.data.folder import Folder, open_folder
 from tightrope.data.image import ImageSpec, read_image
 from tightrope.data.sources import ASSETS, cifar10, cifar100, embedded, fashion_mnist
 from tightrope.data.task import Task, parse_task, sample_sha256, view
-from tightrope.errors import InputError, near
+from tightrope.errors import InputError, meant
 
 __all__ = [
     "ASSETS",
@@ -75,7 +75,7 @@ def load(
             "unknown data set, and no such directory",
             got=name,
             allowed=", ".join(NAMES) + ", or a directory with one folder of images per class",
-            fix=f"near: {near(name, NAMES)}",
+            fix=meant(name, NAMES) or "--data embedded",
         )
     if root is not None:
         raise InputError("root is for named data sets; a directory is its own root", got=f"root={root}")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tightrope.errors import InputError, near
+from tightrope.errors import InputError, meant
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -72,9 +72,7 @@ class Data(Protocol):
 
 def check_split(split: str) -> None:
     if split not in SPLITS:
-        raise InputError(
-            "unknown split", got=split, allowed=", ".join(SPLITS), fix=f"near: {near(split, SPLITS)}"
-        )
+        raise InputError("unknown split", got=split, allowed=", ".join(SPLITS), fix=meant(split, SPLITS))
 
 
 def stratified_split(labels: Indices, held_out: float | int, seed: int) -> tuple[Indices, Indices]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tightrope.errors import InputError, near
+from tightrope.errors import InputError, meant
 from tightrope.models.external import from_file, from_timm, from_torchvision
 from tightrope.models.mobilenet import from_arch
 from tightrope.models.resnet import cifar_resnet, demo_shape, resnet18
@@ -94,7 +94,7 @@ def _build(spec: str, num_classes: int | None, in_channels: int | None) -> nn.Mo
         "unknown network",
         got=spec,
         allowed=", ".join(NAMES) + ", torchvision:NAME, timm:NAME, arch:STRING, path/to/file.py:FUNCTION",
-        fix=f"near: {near(spec, NAMES)}",
+        fix=meant(spec, NAMES) or "--model demo",
     )
 
 
