@@ -98,10 +98,6 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
         ("--budget", "drelus<=12%", "--seed", "2", "--set", "seed=1"),
         "a setting has two values\n  got:     --seed 2 and --set seed=1",
     ),
-    "a setting twice": (
-        ("--budget", "drelus<=12%", "--set", "seed=1", "--set", "seed=2"),
-        "--set seed=1 and --set seed=2",
-    ),
     "an option of others": (
         ("--budget", "drelus<=12%", "--method", "paf", "--no-repair"),
         "--no-repair is no option of the method paf\n  got:     --no-repair with --method paf\n"

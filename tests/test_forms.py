@@ -24,6 +24,12 @@ def test_what_is_nested_as_usual_is_read() -> None:
         parse("{")
 
 
+def test_a_key_given_twice_is_a_value_error() -> None:
+    for text in ('{"a": 1, "b": 2, "b": 2}', '[{"c": {"b": 1, "b": 3, "d": 4}}]'):
+        with pytest.raises(ValueError, match="the key b is given twice"):
+            parse(text)
+
+
 FORM = {
     "name": str,
     "size": int,

@@ -16,9 +16,9 @@ class Amount:
 
 
 def parse(text: str | bytes) -> Any:
-    """`json.loads`, with ValueError also for what nests too deeply to be worked with."""
+    """`json.loads`, with ValueError also for what nests too deeply to be worked with, and for a key twice."""
     try:
-        body = json.loads(text)
+        body = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH} levels") from None
     level = [body]
@@ -27,6 +27,14 @@ def parse(text: str | bytes) -> Any:
         if not level:
             return body
     raise ValueError(f"nested deeper than {DEPTH} levels")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)} is given twice")
+    return found
 
 
 def mismatch(value: Any, form: Any, at: str = "") -> str | None:

@@ -75,7 +75,7 @@ def method_settings(method: str, asked: Mapping[str, Json], words: Sequence[str]
                 got=f"{_given(name, value)} with --method {method}",
                 allowed="--method " + " or ".join(other for other in METHODS if name in known(other)),
             )
-    for name, value in parse_settings(words).items():
+    for name, value in parse_settings(words, method_type(method)).items():
         if made.setdefault(name, value) != value:
             raise InputError(
                 "a setting has two values", got=f"{_given(name, made[name])} and --set {name}={value}"

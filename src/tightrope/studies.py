@@ -51,7 +51,7 @@ def defects(
     from tightrope.methods.reengineer.defects import Study, over_seeds
 
     view = View(as_json)
-    given = parse_settings(settings or [])
+    given = parse_settings(settings or [], Study)
     check_settings("defects", Study, given)
     study = Study(**given)
     if seeds < 1:

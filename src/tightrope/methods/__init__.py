@@ -242,23 +242,21 @@ METHODS: dict[str, str] = {
 }
 
 
-def parse_settings(words: Sequence[str]) -> dict[str, Json]:
-    """NAME=VALUE: numbers, true, false and null as in JSON; any other value is a text.
-
-    Raises InputError for a word of another form, and for one name with two values.
+def parse_settings(words: Sequence[str], cls: Any) -> dict[str, Json]:
+    """NAME=VALUE, for fields of the dataclass `cls`: numbers, true, false and null as in JSON, but in a field
+    that is a text; any other value is a text. The last one of a name counts.
     """
     found: dict[str, Json] = {}
+    texts = {f.name for f in fields(cls) if isinstance(f.default, str)}
     for word in words:
         name, equals, text = word.partition("=")
         if not (name and equals):
             raise InputError("a setting is NAME=VALUE", got=word)
-        value: Json
         try:
             value = parse(text)
         except ValueError:
             value = text
-        if found.setdefault(name, value) != value:
-            raise InputError("a setting has two values", got=f"--set {name}={found[name]} and --set {word}")
+        found[name] = text if name in texts and not isinstance(value, str) else value
     return found
 
 

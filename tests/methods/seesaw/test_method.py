@@ -13,7 +13,7 @@ from methods.seesaw.small import DATA, GRAPH, QUICK, SHAPE, learn
 from networks import gap
 from tightrope.errors import BudgetError, BundleError, InputError
 from tightrope.lower import lower
-from tightrope.methods import configure
+from tightrope.methods import configure, parse_settings
 from tightrope.methods.seesaw import SeesawMethod, relu_map
 from tightrope.methods.seesaw.space import Architecture
 from tightrope.program import base_cost
@@ -219,3 +219,10 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         assert "Every count equals its prediction: DReLUs, online bytes, offline bytes, rounds." in text
         assert f"tightrope run {out} --runtime mpc" in text
     assert "- `plan.safetensors`" in card
+
+
+def test_a_space_of_one_stage_may_be_a_plain_number():
+    given = parse_settings(["space=2", "limit=64", "mode=dual"], SeesawMethod)
+    assert given == {"space": "2", "limit": 64, "mode": "dual"}
+    found = learn("drelus<=600", **given, operators="skip,conv_1", epochs=1)
+    assert set(found.choices) == {"block1", "block2"} and found.predicted.drelus <= 600

@@ -62,8 +62,8 @@ def test_the_row_without_aggregates_counts_more_than_published():
     ("body", "says"),
     [
         ([], "not a ReLU map"),
-        ({"default_1": 2}, "not an entry"),
-        ({"default_1": True}, "not an entry"),
+        ({"default_1": 2}, r"not an entry(.|\n)*got: +default_1: 2\n  allowed:.*0 or 1"),
+        ({"default_1": True}, r"not an entry(.|\n)*got: +default_1: true\n  allowed:.*0 or 1"),
         ({"Default_1": 1}, "not an entry"),
         ({"default_0": 1}, "not an entry"),
         (entries(7, ()), r"7 entries up to default_7"),
@@ -79,9 +79,21 @@ def test_what_is_no_map_is_refused(body, says, tmp_path):
 
 def test_a_map_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "map.json").write_text("{")
-    for name in ("map.json", "nothing.json"):
-        with pytest.raises(InputError, match=name):
+    (tmp_path / "twice.json").write_text('{"default_1": 1, "default_2": 0, "default_2": 1}')
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x02\xff" * 20)
+    said = {
+        "map.json": "is no JSON(.|\n)*Expecting", "nothing.json": "No such file",
+        "twice.json": "the key default_2 is given twice", "weights.bin": "no text",
+    }  # fmt: skip
+    for name, says in said.items():
+        with pytest.raises(InputError, match=rf"{name}(.|\n)*{says}" if "JSON" not in says else says):
             relu_map.read(tmp_path / name, PRESETS["cifarsupermodel16"])
+
+
+def test_a_written_map_is_read_as_it_was(tmp_path):
+    on = (True, False, False, True, True, False, True, False)
+    relu_map.write(tmp_path / "map.json", on)
+    assert relu_map.read(tmp_path / "map.json", PRESETS["cifarsupermodel16"]) == on
 
 
 def test_comparisons_of_max_pools_are_counted():
@@ -100,6 +112,8 @@ def test_spaces_for_other_images():
     assert resolve("supermodel50", (3, 224, 224), 1000) == PRESETS["supermodel50"]
     wide = resolve("1,1", (3, 96, 128), 3)
     assert wide.shape(1) == (128, 12, 16)
+    one = resolve("3", (1, 28, 28), 10)
+    assert (one.blocks, one.floor, one.shape(0)) == ((3,), 0, (64, 28, 28))
     odd = resolve("1,1,1,1", (1, 28, 28), 10)  # the last map may be cut: nothing is added to it
     assert odd.shape(3) == (512, 3, 3)
 
@@ -108,8 +122,9 @@ def test_spaces_for_other_images():
     ("text", "shape", "says"),
     [
         ("cifarsupermodel51", (3, 32, 32), "cifarsupermodel50"),
-        ("2,0", (3, 32, 32), "unknown search space"),
-        ("2,x", (3, 32, 32), "unknown search space"),
+        ("2,0", (3, 32, 32), "unknown search space(.|\n)*each from 1 to 999"),
+        ("2,x", (3, 32, 32), "unknown search space(.|\n)*each from 1 to 999"),
+        ("-1", (3, 32, 32), "unknown search space(.|\n)*each from 1 to 999"),
         ("", (3, 32, 32), "unknown search space"),
         ("2,2,2", (3, 27, 27), "divisible by 2"),
         ("1,1,1,1,1", (1, 28, 28), "divisible by 8"),
@@ -132,8 +147,9 @@ def test_a_space_names_what_is_wrong_with_it():
     ("text", "says"),
     [
         ("conv_9", r"unknown operator(.|\n)*conv_"),
-        ("conv_3,conv_3", "different operators"),
-        ("none", "different operators"),
+        ("conv_9", "try: +a whole list: --set operators=all or --set operators=low-memory"),
+        ("conv_3,skip,conv_3,skip", r"twice\n  got: +conv_3, skip$"),
+        ("none", "an operator beside none"),
         ("", "unknown operator"),
     ],
 )

@@ -64,11 +64,15 @@ def parse_operators(text: str) -> tuple[str, ...]:
     names = LISTS.get(text) or tuple(word.strip() for word in text.split(","))
     for name in names:
         if name not in ALL:
+            lists = " or ".join(f"--set operators={known}" for known in LISTS)
             raise InputError(
-                "unknown operator", got=name, allowed=near(name, ALL), fix=f"or a list: {', '.join(LISTS)}"
+                "unknown operator", got=name, allowed=near(name, ALL), fix=f"a whole list: {lists}"
             )
-    if len(set(names)) < len(names) or set(names) == {"none"}:
-        raise InputError("a block needs different operators, not only none", got=text)
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise InputError("an operator is given twice", got=", ".join(twice))
+    if set(names) == {"none"}:
+        raise InputError("a block needs an operator beside none", got=text)
     return names
 
 

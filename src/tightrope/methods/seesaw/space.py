@@ -194,7 +194,7 @@ PRESETS: dict[str, Space] = {
 
 
 def resolve(text: str, input_shape: tuple[int, int, int], classes: int, **settings: Any) -> Space:
-    """A published space by name, or blocks per stage such as `2,2,2`, for these images.
+    """A published space by name, or blocks per stage such as `2,2,2` or `4`, for these images.
 
     `settings`: other fields of `Space`, as published where not given. Raises InputError for what is neither.
     """
@@ -203,6 +203,10 @@ def resolve(text: str, input_shape: tuple[int, int, int], classes: int, **settin
         blocks = PRESETS[text].blocks
     elif all(re.fullmatch("[1-9][0-9]{0,2}", word) for word in words):
         blocks = tuple(int(word) for word in words)
+    elif any(re.fullmatch("[-+]?[0-9]+", word) for word in words):
+        raise InputError(
+            "unknown search space", got=text, allowed="blocks per stage, each from 1 to 999, as 2,2,2 or 4"
+        )
     else:
         raise InputError(
             "unknown search space", got=text, allowed=near(text, PRESETS), fix="or blocks per stage: 2,2,2"
