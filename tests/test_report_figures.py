@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightrope.nn.block_relu import tile_gate
-from tightrope.report import figures, formats, svg
+from tightrope.report import figures, formats, svg, words
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.data())
@@ -67,6 +67,10 @@ def test_patch_classes(patch: tuple[int, int], style: str) -> None:
         (formats.markdown("a|b <i>\n`c`"), "a\\|b &lt;i&gt; \\`c\\`"),
         (formats.markdown("drelus<=12%, a < b, </i <!-- <?"), "drelus<=12%, a < b, &lt;/i &lt;\\!-- &lt;?"),
         (formats.name("/home/me/work/runs/s1"), "runs/s1"),
+        (
+            words.settings({"relu_map": "", "limit": None, "keep": 0, "free": False, "sizes": []}),
+            "relu map none, limit none, keep 0, free False, sizes none",
+        ),
         (formats.name("/net.py:tiny"), "/net.py:tiny"),
         (formats.name("torchvision:resnet18"), "torchvision:resnet18"),
         (formats.name("arch:" + "x" * 60), "arch:" + "x" * 55 + "…"),

@@ -158,7 +158,11 @@ def _priced_by(about: Mapping[str, Json]) -> str:
 
 
 def settings(values: Mapping[str, Json]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    """Names and values as people write them; what is not set is none."""
+    unset: tuple[Json, ...] = (None, "", [], {})
+    return ", ".join(
+        f"{name.replace('_', ' ')} {'none' if value in unset else value}" for name, value in values.items()
+    )
 
 
 def limits(facts: Facts) -> list[str]:
