@@ -232,6 +232,7 @@ def test_apply_keeps_a_fine_tuned_network_and_a_new_one_drops_old_measurements(
     shutil.copytree(searched, copy)
     (copy / "measurements.json").write_text("[]")
     assert call(monkeypatch, "apply", copy) == 0
+    assert f"next: tightrope run {copy} --runtime mpc\n" in capsys.readouterr().out
     assert not (copy / "measurements.json").exists()
     (copy / "accuracy.json").write_text("{}")
     before = (copy / "model.safetensors").read_bytes()

@@ -25,7 +25,8 @@ from tightrope.bundle import Bundle
 from tightrope.lock import NAME as LOCK
 from tightrope.lock import locked
 from tightrope.recipe import Recipe
-from tightrope.types import ADDITIVE
+from tightrope.types import ADDITIVE, Cost
+from tightrope.view import View, times
 
 BRIEF = ("--epochs", "0.03", "--accelerator", "cpu")  # two steps
 
@@ -79,6 +80,37 @@ def test_refine_wants_a_fine_tuned_bundle_and_a_place_of_its_own(
     refused(monkeypatch, capsys, "refine", searched, "--out", out, says="tightrope finetune")
     assert not out.exists()
     refused(monkeypatch, capsys, "refine", tuned, "--out", tuned, says="a directory of its own")
+
+
+def test_refine_names_what_a_learned_bundle_can_do_instead(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(searched, tmp_path / "copy")
+    plan = json.loads((copy / "plan.json").read_text())
+    (copy / "problem.npz").unlink()
+    for method, says in (
+        ("seesaw", f"tightrope finetune {copy}"),
+        ("reengineer", "the command that searched"),
+    ):
+        (copy / "plan.json").write_text(json.dumps(plan | {"method": method, "config": {}}))
+        refused(monkeypatch, capsys, "refine", copy, "--out", tmp_path / "out", says=f"try:     {says}")
+
+
+@pytest.mark.parametrize(
+    ("expected", "spent", "told"),
+    [
+        (Cost(online_ms=4.6), Cost(online_ms=26.4), True),
+        (Cost(online_ms=10, offline_ms=2), Cost(online_ms=10, offline_ms=3.1), True),
+        (Cost(online_ms=10), Cost(online_ms=14.9), False),
+        (Cost(), Cost(online_ms=5), False),  # nothing was predicted
+    ],
+)
+def test_a_time_far_above_its_prediction_is_explained(
+    expected: Cost, spent: Cost, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times(View(as_json=False), expected, spent)
+    out = capsys.readouterr().out
+    assert "predicted" in out and ("tightrope calibrate" in out) == told
 
 
 @pytest.mark.parametrize("verb", ["search", "solve"])

@@ -153,6 +153,8 @@ def apply(
     result = pipeline.test(opened) if test else {}
     if test:
         accuracies(view, result)
+    words = ["tightrope", "run", str(bundle), "--runtime", opened.about.get("runtime", "mpc")]
+    view.say(f"next: {shlex.join(words)}")
     return {"bundle": str(bundle), **result}
 
 

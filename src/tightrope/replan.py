@@ -11,7 +11,7 @@ from tightrope.choose import Chooser
 from tightrope.errors import BundleError, InputError
 from tightrope.graph import trace
 from tightrope.methods import Remeasures
-from tightrope.rewrite import measuring_method_of, method_of
+from tightrope.rewrite import measuring_method_of, method_of, tunable
 from tightrope.runtimes import Pricing, runtime_type
 from tightrope.types import Budget, Problem
 
@@ -47,7 +47,13 @@ def refine(
     plan, data = source.plan(), source.data()
     limits, method = Budget.parse(plan.budget if budget is None else budget), method_of(plan)
     if not isinstance(method, Remeasures):
-        raise InputError("this method does not measure a second time", got=plan.method)
+        raise InputError(
+            "this method does not measure a second time",
+            got=plan.method,
+            fix=f"tightrope finetune {source.path}"
+            if tunable(plan)
+            else "the command that searched, with another --budget and --out",
+        )
     if not source.accuracy():
         raise InputError(
             "the bundle is not fine-tuned", where=str(source.path), fix=f"tightrope finetune {source.path}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tightrope.types import Cost, Measurement, Plan
 
 PARTS = 4  # lines per stage where there is no terminal
+LATE = 1.5  # measured over predicted time, from which on the reason is said
 
 
 class View:
@@ -266,13 +267,18 @@ def measurement(view: View, measured: Measurement) -> None:
 
 
 def times(view: View, expected: Cost, spent: Cost) -> None:
-    """Predicted times beside measured ones."""
-    shown = (
-        f"{phase} {getattr(expected, m):,.1f} ms predicted, {getattr(spent, m):,.1f} measured"
+    """Predicted times beside measured ones, and what a prediction takes for granted where it is far below."""
+    both = [
+        (phase, getattr(expected, m), getattr(spent, m))
         for phase, m in (("online", "online_ms"), ("offline", "offline_ms"))
-        if getattr(expected, m) or getattr(spent, m)
-    )
+    ]
+    shown = (f"{phase} {a:,.1f} ms predicted, {b:,.1f} measured" for phase, a, b in both if a or b)
     view.say("; ".join(shown))
+    if any(0 < a * LATE < b for _, a, b in both):
+        view.say(
+            "  predictions are for a machine that does nothing else, with the times of its profile: "
+            "`tightrope calibrate` measures those of this one"
+        )
 
 
 COLUMNS = {  # of a Cost; one that is zero everywhere is left out, unless it is the milliseconds
