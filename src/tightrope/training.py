@@ -107,7 +107,9 @@ class Training:
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         means, now = self.average.state_dict(), self.net.state_dict()
         floats = [name for name, mean in means.items() if mean.is_floating_point()]
-        torch._foreach_lerp_([means[n] for n in floats], [now[n] for n in floats], 1 - decay)
+        for dtype in {means[n].dtype for n in floats}:  # lists of one type take the fast way
+            same = [n for n in floats if means[n].dtype == dtype]
+            torch._foreach_lerp_([means[n] for n in same], [now[n] for n in same], 1 - decay)
         for name in means.keys() - floats:
             means[name].copy_(now[name])
 

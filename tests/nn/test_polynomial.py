@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.polynomial import polynomial as npoly
+from safetensors.torch import load as safe_load
+from safetensors.torch import save as safe_save
 from torch import nn
 
 from tightrope.errors import BundleError, InputError, TraceError
@@ -18,7 +21,9 @@ from tightrope.graph import trace
 from tightrope.lower import lower
 from tightrope.methods.paf.library import names, paf
 from tightrope.nn import PolynomialActivation
+from tightrope.nn.polynomial import composite
 from tightrope.ops import Polynomial, base_cost
+from tightrope.place import tensors_sha256
 from tightrope.program import Program, deepest
 from tightrope.runtimes.mpc import MPC, compile_program, oracle
 from tightrope.runtimes.plain import Plain, evaluate, ranges
@@ -44,7 +49,7 @@ def test_a_composite_is_that_of_numpy_before_and_after_lowering(degrees, gated, 
     x = rng.uniform(-scale, scale, (2, 3, 4, 5))
     want = x / np.float32(scale)
     for k in range(len(stages)):
-        stage = np.broadcast_to(np.float32(stages[k]).astype(np.float64), (3, degrees[k] + 1))
+        stage = np.broadcast_to(stages[k], (3, degrees[k] + 1))
         want = np.stack([npoly.polyval(want[:, c], stage[c]) for c in range(3)], 1)
     want = x * want if gated else want
     assert np.allclose(module(torch.from_numpy(x)).detach(), want, rtol=1e-9, atol=1e-9)
@@ -73,6 +78,84 @@ def test_a_dynamic_scale_is_that_of_the_batch_and_must_be_frozen():
         lower(nn.Sequential(module), (1, 1, 3))
     module.freeze(8.0)
     assert lower(nn.Sequential(module), (1, 1, 3)).ops[0].stages == (3, 3)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 5.7])
+@pytest.mark.parametrize("name", names())
+def test_every_polynomial_of_the_library_is_as_near_to_relu_as_the_library_says(name, scale):
+    """The module in float32, and the op that it is lowered to."""
+    p, factor = paf(name), float(np.float32(scale))
+    make = PolynomialActivation.relu if p.gated else partial(PolynomialActivation, gated=False)
+    module = make(p.stages, scale=scale)
+    u = np.linspace(-1, 1, 200_001)
+    x = factor * u[:, None]
+    gain = factor if p.gated else 1.0  # of what stands in the gate
+    program = lower(nn.Sequential(module), (1,))
+    got = evaluate(program, torch.from_numpy(x)).numpy()[:, 0] / gain
+    assert np.abs(got - p.activation(u)).max() < 1e-9  # rounding, which 15,15,27 enlarges
+    assert np.abs(got - np.maximum(u, 0)).max() == pytest.approx(p.relu_error(), rel=1e-6)
+    with torch.no_grad():
+        single = module(torch.from_numpy(x).float())
+    assert single.dtype == torch.float32
+    inputs = np.float32(x)[:, 0] / factor  # float32 has 2^-24 of an input, which is steep at 0
+    error = np.abs(single[:, 0].double().numpy() / gain - np.maximum(inputs, 0)).max()
+    assert error == pytest.approx(p.relu_error(), rel=1e-4)
+
+
+def test_coefficients_stay_float64_through_casts_and_files():
+    """15,15,27 with coefficients in float32 is 43 times farther from ReLU."""
+    module = PolynomialActivation.relu(paf("15,15,27").stages, scale=3.0)
+    exact = [stage.detach().clone() for stage in module.stages]
+    assert {stage.dtype for stage in exact} == {torch.float64}
+    module(torch.ones(1, 1)).sum().backward()
+    for cast in (nn.Module.double, nn.Module.float, nn.Module.bfloat16, partial(nn.Module.to, device="cpu")):
+        cast(module)
+        assert all(torch.equal(a, b) for a, b in zip(exact, module.stages, strict=True))
+        assert all(stage.grad.dtype == torch.float64 for stage in module.stages)
+    again = PolynomialActivation([torch.zeros(len(stage)) for stage in exact], gated=True)
+    again.load_state_dict(safe_load(safe_save(module.float().state_dict())))
+    assert all(torch.equal(a, b) for a, b in zip(exact, again.stages, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(module.folded(), again.folded(), strict=True))
+
+
+def test_a_state_in_float32_comes_back_as_it_was_and_one_in_float64_after_it():
+    """As earlier versions saved it: the hash of such a network is what their plans have."""
+    module = PolynomialActivation.relu(A7, scale=4.0)
+    now = {name: t.clone() for name, t in module.state_dict().items()}
+    earlier = {name: t.float() for name, t in now.items()}
+    module.load_state_dict(earlier)
+    assert tensors_sha256(module.state_dict()) == tensors_sha256(earlier)
+    assert all(isinstance(stage, nn.Parameter) and stage.requires_grad for stage in module.stages)
+    assert lower(nn.Sequential(module), (1,)).tensors["0.stage0"][1] == np.float32(A7[0][1]) / 4.0
+    module.load_state_dict(now)
+    assert tensors_sha256(module.state_dict()) == tensors_sha256(now) != tensors_sha256(earlier)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("stages", [A7, [[[0.1, 0.5, 0.2], [0.0, 1.0, 0.1]]], paf("15,15,27").stages])
+def test_outputs_have_the_type_of_the_inputs_and_gradients_that_of_the_coefficients(stages, dtype):
+    module = PolynomialActivation(stages, gated=True, scale=2.0)
+    x = torch.linspace(-1, 1, 12).reshape(2, 2, 3).to(dtype).requires_grad_()
+    y = module(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype and x.grad.isfinite().all()
+    assert all(stage.grad.dtype == torch.float64 for stage in module.stages)
+    if dtype == torch.float32 and stages is A7:  # as rounded coefficients would have it, bit by bit
+        want = composite([stage.detach().float() for stage in module.stages], x.detach() / 2)[-1]
+        assert torch.equal(y.detach(), x.detach() * want)
+
+
+def test_a_device_without_float64_rounds_what_float32_can_evaluate_and_refuses_the_rest():
+    def move(t: torch.Tensor) -> torch.Tensor:
+        if t.dtype == torch.float64:
+            raise TypeError("no float64 here")  # as mps does
+        return t.clone()
+
+    module = PolynomialActivation.relu(paf("7,7,13").stages)._apply(move)
+    assert {stage.dtype for stage in module.stages} == {torch.float32}
+    with pytest.raises(InputError, match="needs float64") as error:
+        PolynomialActivation.relu(paf("15,15,27").stages)._apply(move)
+    assert "degree 15" in str(error.value) and "--accelerator cpu" in str(error.value)
 
 
 def test_every_call_is_a_site_of_its_own():

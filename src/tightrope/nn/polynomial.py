@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tightrope.errors import InputError
+
+NARROW = 13  # the highest degree of a stage whose powers leave float32 digits
 
 
 def horner(stage: Tensor, x: Tensor) -> Tensor:
@@ -35,13 +38,18 @@ class PolynomialActivation(nn.Module):
     """y = p(x / scale), or x * p(x / scale) if `gated`, with p = p_k(...p_1(.)).
 
     `stages`: the coefficients of p_1 (applied first) to p_k in ascending order, (degree + 1,) or per channel
-    (C, degree + 1), as parameters. ReLU is gated, with (1 + sign) / 2 as p: `relu` makes it. With `dynamic`
-    the scale is the largest magnitude of the batch; `freeze` sets a static one, which lowering folds into the
-    first stage. In training only: with a `momentum` the scale follows the largest magnitude of the batches,
-    and with a `bound` p sees no input beyond that many scales, so that a bad step does not overflow.
+    (C, degree + 1), as parameters in float64, whatever type the network is cast to: those of degree 27 reach
+    1e5 and cancel to 1. They are rounded to the type of the input (to float32 for a shorter one), unless a
+    stage has a degree above NARROW: then all are evaluated in float64. A state that has them in another type,
+    as earlier versions saved it, comes back as it was.
 
-    Input and output (N, C, H, W) or (N, C). Raises InputError for coefficients of another shape and a scale
-    that is not positive.
+    ReLU is gated, with (1 + sign) / 2 as p: `relu` makes it. With `dynamic` the scale is the largest
+    magnitude of the batch; `freeze` sets a static one, which lowering folds into the first stage. In training
+    only: with a `momentum` the scale follows the largest magnitude of the batches, and with a `bound` p sees
+    no input beyond that many scales, so that a bad step does not overflow.
+
+    Input and output (N, C, H, W) or (N, C), of the same type. Raises InputError for coefficients of another
+    shape, a scale that is not positive, and a degree above NARROW on a device without float64 (mps).
     """
 
     scale: Tensor
@@ -50,7 +58,7 @@ class PolynomialActivation(nn.Module):
         self, stages: Sequence[Any], *, gated: bool, scale: float = 1.0, dynamic: bool = False
     ) -> None:
         super().__init__()
-        tensors = [torch.as_tensor(np.asarray(stage, np.float64)).float() for stage in stages]
+        tensors = [torch.tensor(np.asarray(stage, np.float64)) for stage in stages]
         for k, stage in enumerate(tensors):
             if stage.dim() not in (1, 2) or stage.shape[-1] < 2 or not stage.isfinite().all():
                 raise InputError(
@@ -85,6 +93,11 @@ class PolynomialActivation(nn.Module):
         self.scale.fill_(scale)
         self.dynamic = False
 
+    @property
+    def wide(self) -> bool:
+        """Whether float32 has not the digits to evaluate it."""
+        return any(stage.shape[-1] - 1 > NARROW for stage in self.stages)
+
     def folded(self) -> list[Tensor]:
         """The stages in float64 with the scale folded into the first: c_k / scale^k."""
         first, *rest = (stage.detach().double() for stage in self.stages)
@@ -100,12 +113,44 @@ class PolynomialActivation(nn.Module):
             else:
                 self.scale.lerp_(largest.to(self.scale.dtype), self.momentum)
                 scale = self.scale.clone()  # the next batch changes it before gradients are asked for
-        u = x / scale
+        u = (x.double() if self.wide else x) / scale
         if self.training and self.bound:
             u = u.clamp(-self.bound, self.bound)
-        y = composite(list(self.stages), u)[-1]
-        return x * y if self.gated else y
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        y = composite([stage.to(dtype) for stage in self.stages], u)[-1]
+        return (x * y if self.gated else y).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Coefficients go where the network goes, but stay float64 where the device has that."""
+        if recurse:
+            self.stages._apply(partial(_moved, fn))  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for k, stage in enumerate(self.stages):
+            saved = state_dict.get(f"{prefix}stages.{k}", stage)
+            stage.data = stage.data.to(saved.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         degrees = ", ".join(str(stage.shape[-1] - 1) for stage in self.stages)
         return f"degrees {degrees}, gated={self.gated}, scale={float(self.scale):g}, dynamic={self.dynamic}"
+
+
+def _moved(fn: Callable[[Tensor], Tensor], stage: Tensor) -> Tensor:
+    """What `fn` makes of coefficients or their gradients, in float64 if they were and the device has that."""
+    if stage.dtype != torch.float64:
+        return fn(stage)
+    try:
+        moved = fn(stage)
+    except TypeError:  # mps
+        if stage.shape[-1] - 1 > NARROW:
+            raise InputError(
+                "a polynomial of this degree needs float64, which the device has not",
+                got=f"degree {stage.shape[-1] - 1}",
+                allowed=f"degrees up to {NARROW}",
+                fix="--accelerator cpu",
+            ) from None
+        return fn(stage.float())
+    return moved if moved.dtype == stage.dtype else stage.to(moved.device)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from commands import call, refused
-from tightrope.bundle import Bundle
+from tightrope.bundle import Bundle, _save_weights
 from tightrope.choose import WHO
 from tightrope.methods.paf import method
+from tightrope.place import tensors_sha256
 from tightrope.types import METRICS
 
 FEW = ("--samples", "32", "--set", "polynomials=degree *;f1 g2", "--runtime", "plain")
@@ -44,6 +45,23 @@ def test_the_plan_is_within_the_budget_and_runs(chosen, tmp_path, monkeypatch, c
     assert "distinct polynomials" in capsys.readouterr().out
     again = Bundle.open(tmp_path / "b").plan()
     assert again.predicted.ckks_levels <= 0.4 * plan.baseline.ckks_levels
+
+
+def test_coefficients_come_back_in_float64_and_those_of_an_earlier_bundle_as_they_were(chosen, tmp_path):
+    shutil.copytree(chosen, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    choices, model = bundle.plan().choices, bundle.model()
+    stages = {f"{site}.stages.{k}": s for site, c in choices.items() for k, s in enumerate(c["stages"])}
+    found = model.state_dict()
+    assert stages and all(found[name].tolist() == stage for name, stage in stages.items())
+    last = next(reversed(choices))
+    scale = float(model.get_submodule(last).scale)
+    first = [c * scale**-k for k, c in enumerate(choices[last]["stages"][0])]
+    assert bundle.program().tensors[f"{last}.stage0"].tolist() == pytest.approx(first, rel=1e-14, abs=0)
+    rounded = {name: t.float() if name in stages else t for name, t in found.items()}
+    model.load_state_dict(rounded)
+    _save_weights(bundle.path / "model.safetensors", model)
+    assert tensors_sha256(bundle.model().state_dict()) == tensors_sha256(rounded) != tensors_sha256(found)
 
 
 def test_the_report_draws_every_polynomial(chosen, monkeypatch, capsys):
