@@ -281,6 +281,52 @@ def test_a_max_pool_becomes_rounds_that_have_polynomials_of_their_own():
         plan_for(method, padded, data, "ckks_levels<=30")
 
 
+@pytest.mark.parametrize("square", [True, False])
+def test_the_notes_say_what_a_max_pool_costs(square):
+    """Levels are those that the circuit has more than the one without the pool."""
+
+    def deepest(pool: nn.Module, tail: nn.Module, names: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
+        steps = (conv(3, 4), nn.ReLU(), pool, tail, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        method = PafMethod(**FEW | {"polynomials": "f1 g2;degree 7;degree 2", "max_pool": kind})
+        net, data, runtime = settle(Chain(*steps)), images((3, 8, 8)), CKKS(squares=square)
+        graph = trace(net, (3, 8, 8))
+        problem = method.measure(graph, data, cost=runtime.pricing(), workdir=None, progress=lambda *_: None)
+        picked = {t.site: np.array([t.labels.index(n)]) for t, n in zip(problem.tables, names, strict=False)}
+        rewritten = place(graph, method.choices(problem, picked), method.rewrite).module
+        program = ranges(lower(rewritten, (3, 8, 8)), [data.x])
+        return runtime.exact(program).ckks_levels, method.notes(problem, picked)
+
+    kind = "tournament"
+    without, nothing = deepest(nn.Identity(), conv(4, 4), ("degree 7",))
+    assert nothing == ()
+    for rounds, multiplications in (("degree 2", "f1 g2"), 7), (("degree 7", "degree 7"), 8):
+        found, notes = deepest(nn.MaxPool2d(2), conv(4, 4), ("degree 7", *rounds))
+        assert notes == (
+            f"parts.2: replaced by tournament, in rounds of {', '.join(rounds)}: levels {found - without}, "
+            f"ciphertext multiplications {multiplications}",
+        )
+    kind = "avg"
+    for tail, more in ((conv(4, 4), 0), (nn.ReLU(), 1)):
+        without, _ = deepest(nn.Identity(), tail, ("degree 7", "degree 7"))
+        found, notes = deepest(nn.MaxPool2d(2), tail, ("degree 7", "degree 7"))
+        assert found - without == more
+        assert notes == (
+            "parts.2: replaced by avg pool: levels 0 where it merges with a layer, else 1, "
+            "ciphertext multiplications 0",
+        )
+
+
+def test_the_notes_count_levels_where_none_are_priced_and_leave_out_what_has_no_polynomial():
+    bare = {"drelus": np.zeros(1)}
+    tables = tuple(Table(f"p.rounds.{k}.act", ("a7",), np.zeros((1, 1)), bare) for k in range(2))
+    meta = {"prepared": {"p": {"replace": "tournament"}, "q": {"replace": "tournament"}}}
+    notes = PafMethod().notes(Problem(tables, Cost(), Cost(), meta), {t.site: np.array([0]) for t in tables})
+    assert notes == (
+        "p: replaced by tournament, in rounds of a7, a7: levels 16, ciphertext multiplications 22",
+        "q: replaced by tournament, none of whose rounds has a polynomial",
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "what"),
     [

@@ -20,6 +20,7 @@ from tightrope.graph import Graph
 from tightrope.lower import lower
 from tightrope.methods import CostModel, Curve, Merges, Progress
 from tightrope.methods.paf.controls import controls
+from tightrope.methods.paf.library import paf
 from tightrope.methods.paf.options import TARGETS, Fitted, fit, matching, offered, structure
 from tightrope.methods.paf.scales import compare
 from tightrope.methods.paf.sites import distortions, histograms
@@ -226,9 +227,10 @@ class PafMethod:
         return Curve(*(tuple(map(float, values)) for values in (x, value, exact)))
 
     def notes(self, problem: Problem, picked: Picked) -> tuple[str, ...]:
-        """What became of max-pools."""
+        """What became of max-pools, and the levels and multiplications of ciphertexts that this takes."""
+        describe = {"tournament": _tournament_note, "avg_pool": _average_note}
         prepared = problem.meta["prepared"].items()
-        return tuple(f"{site}: replaced by {how['replace'].replace('_', ' ')}" for site, how in prepared)
+        return tuple(f"{pool}: {describe[how['replace']](pool, problem, picked)}" for pool, how in prepared)
 
     def trial(self, model: nn.Module, data: Data, progress: Progress) -> tuple[str, ...]:
         """See `tightrope.methods.paf.scales`."""
@@ -276,6 +278,27 @@ def _tournament(site: Site, module: nn.MaxPool2d) -> MaxTournament:
     (_, h, w), (_, H, W) = site.input_shape, site.shape
     kernel, padding = _pair(module.kernel_size), _pair(module.padding)
     return MaxTournament(kernel, _pair(module.stride or kernel), padding, (h, w), (H, W))
+
+
+def _tournament_note(pool: str, problem: Problem, picked: Picked) -> str:
+    """A round takes a level for the difference, and those of its polynomial: as priced, else of itself."""
+    tables = [t for t in problem.tables if t.site.startswith(f"{pool}.")]
+    if not tables:
+        return "replaced by tournament, none of whose rounds has a polynomial"
+    options = [int(picked[t.site][0]) for t in tables]
+    names = [t.labels[k] for t, k in zip(tables, options, strict=True)]
+    alone = [
+        int(t.cost["ckks_levels"][k]) if "ckks_levels" in t.cost else paf(name).levels
+        for t, k, name in zip(tables, options, names, strict=True)
+    ]
+    return (
+        f"replaced by tournament, in rounds of {', '.join(names)}: levels {len(alone) + sum(alone)}, "
+        f"ciphertext multiplications {sum(paf(name).multiplications for name in names)}"
+    )
+
+
+def _average_note(pool: str, problem: Problem, picked: Picked) -> str:
+    return "replaced by avg pool: levels 0 where it merges with a layer, else 1, ciphertext multiplications 0"
 
 
 def _priced(
