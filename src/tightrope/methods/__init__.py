@@ -270,6 +270,7 @@ def configure(name: str, given: Mapping[str, Json]) -> Any:
 def check_settings(name: str, cls: Any, given: Mapping[str, Json]) -> None:
     """Raise InputError for a setting that the dataclass does not have, or of another kind."""
     known = {f.name: f.default for f in fields(cls)}
+    optional = {f.name for f in fields(cls) if "None" in str(f.type)}
     for key, value in given.items():
         if key not in known:
             raise InputError(f"{name} has no such setting", got=key, allowed=near(key, known))
@@ -277,7 +278,7 @@ def check_settings(name: str, cls: Any, given: Mapping[str, Json]) -> None:
         numbers = int if type(default) is int else (int, float)
         kind = type(default) if isinstance(default, str | bool) else numbers
         fits = isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
-        if not fits and not (value is None and default is None):
+        if not fits and not (value is None and key in optional):
             words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
             kind_of = words.get(type(default), "a number")
             raise InputError(

@@ -221,6 +221,13 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "- `plan.safetensors`" in card
 
 
+def test_the_balance_may_be_left_out():
+    given = parse_settings(["balance=null"], SeesawMethod)
+    assert configure("seesaw", given).balance is None
+    with pytest.raises(InputError, match="keep of seesaw is of another kind"):
+        configure("seesaw", parse_settings(["keep=null"], SeesawMethod))
+
+
 def test_a_space_of_one_stage_may_be_a_plain_number():
     given = parse_settings(["space=2", "limit=64", "mode=dual"], SeesawMethod)
     assert given == {"space": "2", "limit": 64, "mode": "dual"}
