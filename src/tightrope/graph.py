@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from tightrope.errors import InputError, TightropeError, TraceError, near
 from tightrope.nn import BlockReLU, PolynomialActivation
+from tightrope.nn.polynomial import weights_dtype
 from tightrope.types import Site
 
 LEAVES: tuple[type[nn.Module], ...] = (BlockReLU, PolynomialActivation)
@@ -186,8 +187,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Graph:
 
 def _tried(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Tensor, Any]:
     """Noise, and the network's outputs, finite if they can be: beyond their scale polynomials explode."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    noise = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    noise = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(weights_dtype(model))
     for size in (1.0, 0.1, 0.01, 0.0):
         example = size * noise
         outputs = model(example)

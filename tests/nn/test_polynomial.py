@@ -131,6 +131,13 @@ def test_a_state_in_float32_comes_back_as_it_was_and_one_in_float64_after_it():
     assert tensors_sha256(module.state_dict()) == tensors_sha256(now) != tensors_sha256(earlier)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_network_that_begins_with_a_polynomial_is_traced_in_the_type_of_its_weights(dtype):
+    net = nn.Sequential(PolynomialActivation.relu(A7, scale=4.0), nn.Conv2d(2, 3, 1)).to(dtype)
+    assert [site.kind for site in trace(net, (2, 4, 4)).sites] == ["polynomial"]
+    assert len(lower(net, (2, 4, 4)).ops) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("stages", [A7, [[[0.1, 0.5, 0.2], [0.0, 1.0, 0.1]]], paf("15,15,27").stages])
 def test_outputs_have_the_type_of_the_inputs_and_gradients_that_of_the_coefficients(stages, dtype):

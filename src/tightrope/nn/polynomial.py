@@ -138,6 +138,13 @@ class PolynomialActivation(nn.Module):
         return f"degrees {degrees}, gated={self.gated}, scale={float(self.scale):g}, dynamic={self.dynamic}"
 
 
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The type of a network's weights, and of its inputs: not that of coefficients; float32 without any."""
+    polynomials = (m for m in model.modules() if isinstance(m, PolynomialActivation))
+    coefficients = {stage for m in polynomials for stage in m.stages}
+    return next((p.dtype for p in model.parameters() if p not in coefficients), torch.float32)
+
+
 def _moved(fn: Callable[[Tensor], Tensor], stage: Tensor) -> Tensor:
     """What `fn` makes of coefficients or their gradients, in float64 if they were and the device has that."""
     if stage.dtype != torch.float64:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tightrope.nn.polynomial import weights_dtype
+
 CHANNELWISE = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid,
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ZeroPad2d,
@@ -67,7 +69,7 @@ def known_inputs(module: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[s
     """
     walk = _Walk(module)
     with torch.no_grad():
-        start = torch.zeros(1, *input_shape, dtype=next(module.parameters()).dtype)
+        start = torch.zeros(1, *input_shape, dtype=weights_dtype(module))
         walk.run(Known(start, torch.zeros(input_shape[0], dtype=torch.bool)))
     return walk.inputs
 
