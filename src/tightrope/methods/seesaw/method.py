@@ -230,9 +230,9 @@ class SeesawMethod:
         macs = limits.pop("macs", math.inf)
         if unknown or len(limits) != 1:
             raise BudgetError(
-                "seesaw takes one limit on nonlinear work, and one on multiplications if you like",
+                "seesaw takes one limit on nonlinear work, and beside it one on macs if you like",
                 got=str(budget),
-                allowed=METRICS,
+                allowed=tuple(m for m in METRICS if m != "macs"),
                 fix="--budget 'drelus<=12000', or 'online_ms<=20,macs<=30e6'",
             )
         metric, limit = next(iter(limits.items()))
