@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import QUADRATIC, Block, calibrated
@@ -19,7 +20,7 @@ from tightrope.errors import InputError, ProtocolError
 from tightrope.nn import PolynomialActivation
 from tightrope.program import Program
 from tightrope.runtimes.ckks import CKKS, lattigo
-from tightrope.runtimes.ckks.circuit import Refresh
+from tightrope.runtimes.ckks.circuit import Composite, Refresh, Square
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.format import boot_key_size, check_boot_keys
 from tightrope.runtimes.ckks.parameters import MAX_LOG_QP, choose_bootstrapping
@@ -65,7 +66,7 @@ def test_simulated_bootstraps_change_nothing_but_noise(blocks: int, levels: int)
 
 def test_values_are_refreshed_where_it_takes_fewest() -> None:
     """Two levels after a bootstrap of 3 to spend before the next: one after every activation but the last."""
-    layers = [part for _ in range(4) for part in (nn.Conv2d(1, 1, 3, 1, 1), act())]
+    layers = [part for _ in range(4) for part in (nn.Conv2d(1, 1, 3, 1, 1), quadratic())]
     program, _ = calibrated(nn.Sequential(*layers), (1, 6, 6))
     circuit = compile_program(program, toy(levels=4).parameters, squares=False)
     refreshed = [step.sources[0] for step in circuit.steps if isinstance(step, Refresh)]
@@ -75,7 +76,7 @@ def test_values_are_refreshed_where_it_takes_fewest() -> None:
     assert public.digest() == circuit.digest()
 
 
-def act() -> nn.Module:
+def quadratic() -> nn.Module:
     return PolynomialActivation(QUADRATIC, gated=False)
 
 
@@ -158,3 +159,25 @@ def test_an_encrypted_run_is_what_simulation_predicts() -> None:
     assert measured.config["levels"] == 4  # after every bootstrap
     assert measured.total.ckks_levels == predicted.total.ckks_levels == measured.config["levels_planned"]
     assert sent == predicted.setup_links
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_values_of_a_scale_that_is_off_are_refreshed(gated: bool) -> None:
+    """Squares and gates leave s^2 / q; at 30 bits a prime is far enough from s for the library's bootstrap."""
+    pytest.importorskip("lattigo")
+    pytest.importorskip("orion_evaluator")
+    act = PolynomialActivation.relu([[0, 1.5, 0, -0.5]], scale=3.0) if gated else quadratic()
+    layers = [part for _ in range(3) for part in (nn.Linear(64, 64), act)]
+    torch.manual_seed(0)
+    program, x = calibrated(nn.Sequential(nn.Flatten(), *layers, nn.Linear(64, 4)), (1, 8, 8))
+    runtime = ToyCKKS(bootstrap="always", refresh_levels=5, scale_bits=30, threads=1)
+    with runtime.open(program, "simulate") as simulated:
+        _, predicted = simulated.run(x[:1].numpy())
+    with runtime.open(program) as session:
+        y, measured = session.run(x[:1].numpy())
+    refreshed = [step.sources[0] for step in session.circuit.steps if isinstance(step, Refresh)]
+    assert {type(step) for step in session.circuit.steps if step.name in refreshed} == {
+        Composite if gated else Square
+    }
+    assert measured.config["bootstraps"] == len(refreshed) > 0
+    assert 0 < np.abs(y - evaluate(program, x[:1]).numpy()).max() < predicted.config["predicted_error"] < 1e-4

@@ -70,10 +70,10 @@ def scale_of(data: bytes) -> float:
     return float(data[start : start + SCALE_DIGITS])
 
 
-def with_scale(data: bytes, parameters: Parameters) -> bytes:
-    """The same numbers as a ciphertext of the parameters' scale."""
+def with_scale(data: bytes, scale: float) -> bytes:
+    """The same numbers as a ciphertext of this scale."""
     start = METADATA.index(b"#")
-    text = format(2.0**parameters.scale_bits, f".{SCALE_DIGITS - 6}e").encode()
+    text = format(scale, f".{SCALE_DIGITS - 6}e").encode()
     return data[:start] + text + data[start + SCALE_DIGITS :]
 
 

@@ -185,7 +185,7 @@ class Server:
         """
         scale = 2.0**self.circuit.parameters.scale_bits
         made = self._run(step, 0, inputs, factors=[scale / scale_of(x) for x in inputs])
-        return [with_scale(y, self.circuit.parameters) for y in made]
+        return [with_scale(y, scale) for y in made]
 
     def square(self, step: Square, inputs: Sequence[bytes]) -> list[bytes]:
         return self._run(step, 0, inputs)
@@ -195,7 +195,15 @@ class Server:
         return [y for k, x in enumerate(inputs) for y in self._run(step, min(k, last), [x])]
 
     def refresh(self, step: Refresh, inputs: Sequence[bytes]) -> list[bytes]:
-        return [y for x in inputs for y in self._run(step, 0, [x], self.refresher)]
+        """The library refreshes ciphertexts of the scale s alone: a scale off by a part of N / s is garbage
+        after it. So it is given the numbers as ones of that scale, and what they were off by is put back.
+        """
+        scale = 2.0**self.circuit.parameters.scale_bits
+        return [
+            with_scale(y, scale_of(y) * scale_of(x) / scale)
+            for x in inputs
+            for y in self._run(step, 0, [with_scale(x, scale)], self.refresher)
+        ]
 
     def level(self, ciphertext: bytes) -> int:
         return check_ciphertext(ciphertext, self.circuit.parameters, "the evaluator's result")
