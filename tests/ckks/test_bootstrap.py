@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import QUADRATIC, Block, calibrated
-from torch import nn
+from torch import Tensor, nn
 
 from ckks_toys import ToyCKKS
 from networks import settle
@@ -19,7 +19,7 @@ from small_networks import network
 from tightrope.errors import InputError, ProtocolError
 from tightrope.nn import PolynomialActivation
 from tightrope.program import Program
-from tightrope.runtimes.ckks import CKKS, lattigo
+from tightrope.runtimes.ckks import CKKS, keymaker, lattigo
 from tightrope.runtimes.ckks.circuit import Composite, Refresh, Square
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.format import boot_key_size, check_boot_keys
@@ -121,7 +121,7 @@ def program() -> Program:
     return network("polynomials")
 
 
-@pytest.mark.parametrize("log_slots", [10, 9, 6])
+@pytest.mark.parametrize("log_slots", [10, 9, 6, 5])
 def test_the_library_makes_the_keys_that_were_predicted(
     program: Program, log_slots: int, tmp_path: Path
 ) -> None:
@@ -163,7 +163,7 @@ def test_an_encrypted_run_is_what_simulation_predicts() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_values_of_a_scale_that_is_off_are_refreshed(gated: bool) -> None:
-    """Squares and gates leave s^2 / q; at 30 bits a prime is far enough from s for the library's bootstrap."""
+    """Squares and gates leave s^2 / q; at 30 bits that is too far from s for the library's bootstrap."""
     pytest.importorskip("lattigo")
     pytest.importorskip("orion_evaluator")
     act = PolynomialActivation.relu([[0, 1.5, 0, -0.5]], scale=3.0) if gated else quadratic()
@@ -181,3 +181,45 @@ def test_values_of_a_scale_that_is_off_are_refreshed(gated: bool) -> None:
     }
     assert measured.config["bootstraps"] == len(refreshed) > 0
     assert 0 < np.abs(y - evaluate(program, x[:1]).numpy()).max() < predicted.config["predicted_error"] < 1e-4
+
+
+def narrow(elements: int) -> tuple[Program, Tensor]:
+    """Values of so many elements, more than a bootstrap to five levels can carry to the end."""
+    layers = [part for _ in range(3) for part in (nn.Linear(elements, elements), quadratic())]
+    torch.manual_seed(0)
+    return calibrated(nn.Sequential(nn.Flatten(), *layers, nn.Linear(elements, 2)), (1, 1, elements))
+
+
+@pytest.mark.parametrize("log_slots", [1, 2, 3, 4, 5])
+def test_small_values_are_refreshed_with_slots_of_which_the_keys_are_known(log_slots: int) -> None:
+    circuit = compile_program(narrow(1 << log_slots)[0], toy(levels=5).parameters)
+    assert circuit.bootstraps == 1 and circuit.boot_slots == 32
+
+
+def test_a_value_of_few_elements_is_bootstrapped() -> None:
+    pytest.importorskip("lattigo")
+    pytest.importorskip("orion_evaluator")
+    program, x = narrow(4)
+    runtime = toy(levels=5)
+    with runtime.open(program, "simulate") as simulated:
+        _, predicted = simulated.run(x[:1].numpy())
+    with runtime.open(program) as session:
+        y, measured = session.run(x[:1].numpy())
+    assert measured.config["bootstraps"] == 1
+    assert np.abs(y - evaluate(program, x[:1]).numpy()).max() < predicted.config["predicted_error"] < 1e-3
+
+
+@pytest.mark.parametrize("off", [-1000, 1 << 20])
+def test_keys_of_another_size_end_the_key_maker(off: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that makes more than is read would wait for its reader for ever."""
+    pytest.importorskip("lattigo")
+    circuit = compile_program(narrow(4)[0], toy(levels=5).parameters)
+    size = boot_key_size(circuit)
+    monkeypatch.setattr(keymaker, "boot_key_size", lambda _: size - off)
+    client = lattigo.Client(circuit)
+    with pytest.raises(ProtocolError, match="could not be made") as error:
+        list(keymaker.made(circuit, client.secret()))
+    client.close()
+    assert (
+        f"more than {size - off} bytes" in str(error.value) if off > 0 else f"{size} of" in str(error.value)
+    )

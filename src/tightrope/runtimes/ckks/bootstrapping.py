@@ -18,6 +18,7 @@ PRIMES = (*SLOTS_TO_COEFFS, *MOD_1, *COEFFS_TO_SLOTS)
 SPECIAL_BITS = 61
 MAX_SPECIAL = 12
 LEAST_LEVEL = 1  # before a bootstrap: the mask of the slots takes it
+LEAST_SLOTS = 32  # refreshed by one: for fewer the library makes other keys than `rotations` says
 NOISE = 2.0**-22.5  # standard deviation of a slot; measured 2^-24 to 2^-27 on rings of 2^11 to 2^16
 PRODUCTS = 28  # of two ciphertexts, in the polynomial of both halves of the coefficients
 

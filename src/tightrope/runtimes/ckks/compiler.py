@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tightrope.errors import InputError, TraceError
 from tightrope.program import Polynomial, Program
+from tightrope.runtimes.ckks import bootstrapping
 from tightrope.runtimes.ckks.circuit import Affine, AnyStep, Circuit, Composite, Refresh, Square, Stage, Value
 from tightrope.runtimes.ckks.diagonals import Block, blocks, chunks, folds
 from tightrope.runtimes.ckks.layout import Canvas
@@ -57,7 +58,7 @@ def compile_program(program: Program, choose: Choose, squares: bool = True) -> C
     layouts = {
         name: canvas.layout(base(name), real[0], parameters.slots) for name, real in planned.real.items()
     }
-    slots = max((layouts[name].period for name in booted), default=0)
+    slots = max(bootstrapping.LEAST_SLOTS, *(layouts[name].period for name in booted)) if booted else 0
     scales = {
         name: 1.0 if name in planned.unit else max(program.ranges[name], SMALLEST_SCALE) for name in layouts
     }

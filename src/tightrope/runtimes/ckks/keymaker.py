@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -26,34 +27,39 @@ GARBAGE_PERCENT = "20"  # how far the library's heap grows before it is collecte
 
 def made(circuit: Circuit, secret: bytes) -> Iterator[bytes]:
     """The keys in parts of at most CHUNK. Raises ProtocolError if the process fails."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"GOGC": GARBAGE_PERCENT},
-    )
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    try:
-        about = {"parameters": asdict(circuit.parameters), "slots": circuit.boot_slots}
-        process.stdin.write(json.dumps(about).encode() + b"\n" + secret)
-        process.stdin.close()
-        left = boot_key_size(circuit)
-        while left and (part := process.stdout.read(min(left, CHUNK))):
-            left -= len(part)
-            yield part
-        if left or process.stdout.read(1) or process.wait():
-            words = process.stderr.read().decode(errors="replace").strip().splitlines()
-            raise ProtocolError(
-                "the keys of bootstrapping could not be made",
-                got=" ".join(words[-1:])[-300:],
-                where="ckks client",
-            )
-    finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            stream.close()
+    size = left = boot_key_size(circuit)
+    with tempfile.TemporaryFile() as errors:  # not a pipe: nobody would read it meanwhile
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | {"GOGC": GARBAGE_PERCENT},
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            about = {"parameters": asdict(circuit.parameters), "slots": circuit.boot_slots}
+            process.stdin.write(json.dumps(about).encode() + b"\n" + secret)
+            process.stdin.close()
+            while left and (part := process.stdout.read(min(left, CHUNK))):
+                left -= len(part)
+                yield part
+            if more := process.stdout.read(1):
+                process.kill()  # it waits for a reader of the rest
+            if process.wait() or left:
+                errors.seek(0)
+                words = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+                made = f"more than {size} bytes" if more else f"{size - left} of {size} bytes"
+                raise ProtocolError(
+                    "the keys of bootstrapping could not be made",
+                    got="; ".join([made, *words])[-300:],
+                    where="ckks client",
+                )
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
 
 
 def main() -> None:
