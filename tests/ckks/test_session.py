@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_packing import calibrated
-from torch import nn
+from torch import Tensor, nn
 
 from ckks_toys import ToyCKKS
 from small_networks import images, network
@@ -123,6 +124,33 @@ def test_bootstraps_that_fit_are_named_where_memory_is_short() -> None:
         f"refused here: {between / 1e9:.3g} GB allowed" in CKKS(memory_bytes=between).estimate(program).about
     )
     assert "refused" not in CKKS(memory_bytes=needs).estimate(program).about
+
+
+def wide(a: float, b: float) -> tuple[Program, Tensor]:
+    """a x^2 + b x between two layers, on inputs up to thousands."""
+    act = PolynomialActivation([[0.5, b, a]], gated=False)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), act, nn.Linear(8, 4))
+    with torch.no_grad():
+        net[1].weight *= 3000
+    return calibrated(net, (1, 4, 4))
+
+
+def test_a_client_refuses_no_quadratic_whose_weights_it_does_not_see() -> None:
+    program, x = wide(2e-4, 0.5)
+    assert ToyCKKS().prices(program) == ToyCKKS().estimate(program).ops
+    with ToyCKKS(threads=1).open(program, "simulate") as simulated:
+        _, predicted = simulated.run(x[:1].numpy())
+    with ToyCKKS(threads=1).open(program) as opened:
+        y, _ = opened.run(x[:1].numpy())
+    assert 0 < np.abs(y - evaluate(program, x[:1]).numpy()).max() < predicted.config["predicted_error"]
+
+
+def test_the_server_refuses_a_quadratic_that_has_hardly_a_square() -> None:
+    program, _ = wide(1e-9, 0.5)
+    with pytest.raises(InputError, match="hardly a square") as error:
+        ToyCKKS().open(program)
+    assert "1e-09 x^2" in str(error.value) and "--no-squares" in str(error.value)
 
 
 class Cut:

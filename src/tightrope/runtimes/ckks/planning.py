@@ -203,7 +203,7 @@ class Plan:
 def _completed(op: Polynomial, program: Program) -> tuple[Vector, Vector, Vector, Vector]:
     """Per element a, b / 2a, c - b^2 / 4a, and the largest magnitude of x + b / 2a.
 
-    Raises InputError where a is so small that the noise of the square would show.
+    Raises InputError where a is so small that the noise of the square would show, if the weights are there.
     """
     c, b, a = _coefficients(op, program)
     inside, outside = _scale(program, op.inputs[0]), _scale(program, op.name)
@@ -211,7 +211,7 @@ def _completed(op: Polynomial, program: Program) -> tuple[Vector, Vector, Vector
         shift = b / (2 * a)
         scale = inside + np.abs(shift)
         gain = np.abs(a) * scale**2 / outside
-    if not (gain <= MAX_GAIN).all():
+    if program.tensors and not (gain <= MAX_GAIN).all():
         worst = int(np.argmax(np.where(np.isfinite(gain), gain, np.inf)))
         channel = worst // math.prod(op.shape[1:])
         raise InputError(
