@@ -20,4 +20,5 @@ class ToyCKKS(CKKS):
         if self.bootstrap != "always":
             return offer(levels)
         most, slots = max_refresh(self.scale_bits), 1 << (self.ring - 1)
-        return choose_levels(nodes(slots), partial(offer, bootstrap=True), most, self.refresh_levels)
+        found = choose_levels(nodes(slots), partial(offer, bootstrap=True), most, self.refresh_levels)
+        return found or offer(levels)

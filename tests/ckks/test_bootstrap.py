@@ -99,11 +99,33 @@ def test_steps_of_16_levels_are_bootstrapped_between() -> None:
 
 
 def test_levels_after_a_bootstrap_are_refused_where_none_is_needed() -> None:
-    program, _ = calibrated(nn.Conv2d(1, 1, 1), (1, 4, 4))
+    """With the options that lead to bootstraps, if there are any."""
+    shallow, _ = calibrated(nn.Conv2d(1, 1, 1), (1, 4, 4))
+    for how in ("auto", "always"):
+        with pytest.raises(InputError, match="where none is needed") as error:
+            CKKS(refresh_levels=5, bootstrap=how).estimate(shallow)
+        assert "1 levels, N = 2^14" in str(error.value)
+        assert "no --refresh-levels" in str(error.value) and "--bootstrap" not in str(error.value)
+    deep, _ = narrow(4)
     with pytest.raises(InputError, match="where none is needed") as error:
-        CKKS(refresh_levels=5).estimate(program)
-    assert "--bootstrap always" in str(error.value) and "N = 2^14" in str(error.value)
-    assert "no bootstraps" in CKKS().estimate(program).about
+        CKKS(refresh_levels=5).estimate(deep)
+    assert "--bootstrap always" in str(error.value) and "7 levels, N = 2^14" in str(error.value)
+    assert "1 bootstraps" in CKKS(refresh_levels=5, bootstrap="always").estimate(deep).about
+    for program in (shallow, deep):
+        assert "no bootstraps" in CKKS().estimate(program).about
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3, 9])
+def test_bootstrap_always_does_so_from_three_levels_on(layers: int) -> None:
+    """Two is the fewest to bootstrap to; what needs no more takes the parameters of one without."""
+    parts = [part for _ in range(layers) for part in (quadratic(), nn.Linear(4, 4))]
+    program, _ = calibrated(nn.Sequential(nn.Flatten(), nn.Linear(4, 4), *parts), (1, 2, 2))
+    circuit = compile_program(program.public(), CKKS(bootstrap="always").parameters)
+    assert circuit.levels == 1 + 2 * layers
+    if layers:
+        assert circuit.bootstraps > 0 and circuit.parameters.levels < circuit.levels
+    else:
+        assert circuit.parameters == compile_program(program.public(), CKKS().parameters).parameters
 
 
 def test_bad_choices_are_refused() -> None:

@@ -38,8 +38,8 @@ class CKKS:
     scale_bits: of the fixed point, and of every level: fewer leave room for more levels and less precision.
     log_n: the ring's degree as a power of two, 0 for the smallest one that is secure and has the levels.
     bootstrap: whether ciphertexts are refreshed on the way: `auto`, where no secure ring has the levels,
-    `always`, `never`. refresh_levels: levels after each, 0 for what makes them cheapest; refused where there
-    are none.
+    `always`, wherever there is something to refresh, `never`. refresh_levels: levels after each, 0 for what
+    makes them cheapest; refused where there are none.
     squares: whether a quadratic between two layers takes one level instead of two, by completing the square.
     memory_bytes: what both processes together may take, 0 for four fifths of what is free; a session whose
     estimate is larger is refused. threads: images that the server works on at a time. timeout_s: how long the
@@ -97,28 +97,35 @@ class CKKS:
         """For a program of so many levels, or for bootstraps on its nodes.
 
         Raises InputError where no secure ring has the levels, bootstrapped or not, and for `refresh_levels`
-        without a bootstrap.
+        where no value is bootstrapped.
         """
         largest = self.log_n or max(MAX_LOG_QP)
-        fits = levels <= max_levels(largest, self.scale_bits)
-        if self.bootstrap == "never" or (self.bootstrap == "auto" and (fits or largest < max(MAX_LOG_QP))):
-            chosen = choose(levels, self.scale_bits, self.log_n or None)
-            if self.refresh_levels:
-                raise InputError(
-                    "levels after a bootstrap, where none is needed",
-                    got=f"refresh_levels={self.refresh_levels}; {levels} levels, N = 2^{chosen.log_n}",
-                    fix="--bootstrap always (bootstrap='always'), or no --refresh-levels",
-                )
-            return chosen
-        if largest < max(MAX_LOG_QP):
+        wanting = largest == max(MAX_LOG_QP) and levels > max_levels(largest, self.scale_bits)
+        bootstrap = self.bootstrap == "always" or (self.bootstrap == "auto" and wanting)
+        if bootstrap and (found := self._bootstrapped(largest, nodes)) is not None:
+            return found
+        chosen = choose(levels, self.scale_bits, self.log_n or None)
+        if self.refresh_levels:
+            always = "--bootstrap always (bootstrap='always'), or " * (self.refresh_levels < levels)
+            raise InputError(
+                "levels after a bootstrap, where none is needed",
+                got=f"refresh_levels={self.refresh_levels}; {levels} levels, N = 2^{chosen.log_n}",
+                fix=f"{always}no --refresh-levels",
+            )
+        return chosen
+
+    def _bootstrapped(self, log_n: int, nodes: Nodes) -> Parameters | None:
+        """None where nothing is bootstrapped with any number of levels."""
+        if log_n < max(MAX_LOG_QP):
             raise InputError(
                 "this ring has no room for bootstrapping",
-                got=f"log_n={largest}",
+                got=f"log_n={log_n}",
                 allowed=f"{max(MAX_LOG_QP)}",
             )
         offer = partial(choose_bootstrapping, scale_bits=self.scale_bits)
-        most = max_refresh(self.scale_bits)
-        return choose_levels(nodes(1 << (largest - 1)), offer, most, self.refresh_levels)
+        return choose_levels(
+            nodes(1 << (log_n - 1)), offer, max_refresh(self.scale_bits), self.refresh_levels
+        )
 
     def price(self, op: Op) -> Cost:
         """Of one op alone; its levels are those between two layers. How they add up among others: `merge`."""
