@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from tightrope.errors import ProtocolError
-from tightrope.runtimes.ckks.link import EVALUATE, FAILED, KEY, Link, make_identity, tls_context
+from tightrope.runtimes.ckks.link import (
+    EVALUATE,
+    FAILED,
+    HEAD,
+    KEY,
+    MAGIC,
+    SIZE,
+    Link,
+    make_identity,
+    tls_context,
+)
 
 
 def pair(trusted: bool = True) -> tuple[Any, Any]:
@@ -80,6 +90,26 @@ def test_a_failure_is_told() -> None:
     near, far = pair()
     near.send(FAILED, {"text": "no such rotation"})
     with pytest.raises(ProtocolError, match="no such rotation"):
+        far.receive(KEY, 1, 10)
+    near.close()
+    far.close()
+
+
+@pytest.mark.parametrize("kind", [KEY, FAILED])
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [
+        (b"[" * 100_000, "not JSON"),
+        (b"[" * 65 + b"]" * 65, "not JSON"),
+        (b"\xff", "not JSON"),
+        (b'["text"]', "it is .*, not an object"),
+        (b"null", "it is null, not an object"),
+    ],
+)
+def test_a_head_that_is_no_object_is_refused(kind: int, head: bytes, match: str) -> None:
+    near, far = pair()
+    near._socket.sendall(HEAD.pack(MAGIC, kind, 1) + SIZE.pack(len(head)) + head)
+    with pytest.raises(ProtocolError, match=match):
         far.receive(KEY, 1, 10)
     near.close()
     far.close()

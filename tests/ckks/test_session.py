@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,45 @@ class Cut:
 
     def __getattr__(self, name: str) -> Any:
         return self._changes.get(name, getattr(self._inner, name))
+
+
+LIES: dict[str, Callable[[Any], Any]] = {
+    "unknown step": lambda spent: spent[0][0].update(step="no such"),
+    "level": lambda spent: spent[1][-1].update(level=-1000),
+    "order": lambda spent: spent[0].reverse(),
+    "no steps": lambda spent: spent[1].clear(),
+    "one step less": lambda spent: spent[0].pop(),
+    "no images": lambda spent: spent.clear(),
+    "more images": lambda spent: spent.extend(2 * spent),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_reports_other_steps_is_refused(
+    session: Any, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    def receive(*asked: Any) -> Any:
+        about, parts = honest.receive(*asked)
+        LIES[lie](about["spent"])
+        return about, parts
+
+    honest, closed = session._link, []
+    monkeypatch.setattr(session, "_link", Cut(honest, receive=receive))
+    monkeypatch.setattr(session, "close", lambda: closed.append(lie))  # the others need it
+    with pytest.raises(ProtocolError, match="other steps than planned") as error:
+        session.run(images(2).numpy())
+    assert "allowed: 2 images of the" in str(error.value) and closed == [lie]
+
+
+def test_what_a_server_reports_besides_is_ignored(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive(*asked: Any) -> Any:
+        about, parts = honest.receive(*asked)
+        about["spent"][0][0]["more"] = 1
+        return about, parts
+
+    honest = session._link
+    monkeypatch.setattr(session, "_link", Cut(honest, receive=receive))
+    assert session.run(images(1).numpy())[1].batch == 1
 
 
 @pytest.mark.slow

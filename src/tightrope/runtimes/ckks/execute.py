@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ class CKKSSession(Books):
             for k in range(0, len(x), self.config.threads):
                 made, about = self._images(self._link, self._client, x[k : k + self.config.threads])
                 outputs += made
-                spent += [[Spent(**one) for one in sample] for sample in about["spent"]]
+                spent += self._spent(about["spent"], len(made))
                 cpu_ms += float(about["cpu_ms"])
                 self._memory_bytes = int(about["peak_memory_bytes"])
         except BaseException:
@@ -196,6 +196,18 @@ class CKKSSession(Books):
                 self._inspection.note(self.packed(sample), slots)
             outputs.append(self.unpacked(slots[circuit.output]))
         return outputs, about
+
+    def _spent(self, said: Sequence[Sequence[Mapping[str, Json]]], images: int) -> list[list[Spent]]:
+        """Of every image, what the server says that the steps took; it may choose the times alone."""
+        spent = [[Spent(one["step"], one["ms"], one["level"]) for one in sample] for sample in said]
+        planned = [(step.name, self.circuit.values[step.name].level) for step in self.circuit.steps]
+        if [[(one.step, one.level) for one in sample] for sample in spent] != [planned] * images:
+            raise ProtocolError(
+                "the server reports other steps than planned", where="ckks server",
+                got=f"{len(spent)} images, {sum(map(len, spent))} steps",
+                allowed=f"{images} images of the {len(planned)} steps, each at its level",
+            )  # fmt: skip
+        return spent
 
     def _check_range(self, x: NDArray[np.float64]) -> None:
         largest, seen = float(np.abs(x).max()), self.program.ranges[Program.INPUT]

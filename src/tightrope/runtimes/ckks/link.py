@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from tightrope.errors import ProtocolError
+from tightrope.forms import mismatch, parse
 from tightrope.types import Json
 
 MAGIC = b"TTCK"
@@ -133,9 +134,11 @@ class Link:
         parts = [self._read(size) for size in sizes]
         self.received += sum(sizes[1:])
         try:
-            about = json.loads(parts[0])
-        except ValueError:
-            raise ProtocolError(f"{self.peer} sent a head that is not JSON") from None
+            about = parse(parts[0])
+        except ValueError as error:
+            raise ProtocolError(f"{self.peer} sent a head that is not JSON", got=str(error)[:200]) from None
+        if fault := mismatch(about, {}):
+            raise ProtocolError(f"{self.peer} sent a head that is no object", got=fault)
         if got == FAILED:
             raise ProtocolError(f"{self.peer} failed", got=str(about.get("text"))[:2000])
         return about, parts[1:]
