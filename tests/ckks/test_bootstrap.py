@@ -41,11 +41,11 @@ def residual(blocks: int = 3) -> nn.Module:
 def test_bootstrapping_stays_within_the_security_table(levels: int, scale_bits: int) -> None:
     chosen = choose_bootstrapping(levels, scale_bits)
     if chosen is None:
-        assert 50 + levels * scale_bits + 821 + 61 > MAX_LOG_QP[16] - 20
+        assert scale_bits + 10 + levels * scale_bits + 821 + 61 >= MAX_LOG_QP[16]
         return
     ring = chosen.during_bootstrap()
     assert chosen.levels == levels and len(ring.q_bits) == 1 + levels + 3 + 8 + 4
-    assert chosen.log_qp == ring.log_qp == sum(ring.q_bits) + sum(ring.p_bits) <= MAX_LOG_QP[16]
+    assert chosen.log_qp == ring.log_qp == sum(ring.q_bits) + sum(ring.p_bits) < MAX_LOG_QP[16]
     digit = max(sum(ring.q_bits[k : k + len(ring.p_bits)]) for k in range(len(ring.q_bits)))
     assert sum(ring.p_bits) > digit
 

@@ -18,6 +18,9 @@ from tightrope.runtimes.ckks import bootstrapping
 from tightrope.types import Json
 
 MAX_LOG_QP: Mapping[int, int] = {14: 438, 15: 881, 16: 1767}
+PRIME_BITS = (
+    0.2  # by how much a ring's primes, not quite powers of two, exceed their sizes together: up to 0.16
+)
 BASE_BITS = 10  # how much larger the last prime is than the scale: room for values beyond 1 at level 0
 MAX_SPECIAL = 4  # primes of key switching; more of them make keys smaller and use up modulus
 SCALE_BITS = (30, 50)
@@ -30,8 +33,8 @@ class Parameters:
     boot_p_bits: the key-switching primes of bootstrapping, which also adds primes of its own to the modulus;
     empty where nothing is bootstrapped.
 
-    Raises InputError where the modulus is larger than the table allows, unless `insecure`, which only
-    `insecure_test_parameters` sets.
+    Raises InputError where the modulus may be larger than the table allows, unless `insecure`, which only
+    `insecure_test_parameters` sets, and for sizes that no prime has, or none at all.
     """
 
     log_n: int
@@ -42,11 +45,17 @@ class Parameters:
     insecure: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not self.insecure and (self.log_n not in MAX_LOG_QP or self.log_qp > MAX_LOG_QP[self.log_n]):
+        if not self.q_bits or not self.p_bits or min(self.q_bits + self.p_bits + self.boot_p_bits) < 1:
+            raise InputError(
+                "these CKKS parameters have no primes of some kind",
+                got=f"bits of Q {self.q_bits}, of P {self.p_bits}, of P for bootstrapping {self.boot_p_bits}",
+                allowed="a prime or more in Q and in P, each of a positive number of bits",
+            )
+        if not self.insecure and (self.log_n not in MAX_LOG_QP or self.log_qp > room(self.log_n)):
             raise InputError(
                 "these CKKS parameters are not secure",
                 got=f"log2(QP) = {self.log_qp} for N = 2^{self.log_n}",
-                allowed="; ".join(f"at most {most} for N = 2^{n}" for n, most in MAX_LOG_QP.items()),
+                allowed="; ".join(f"less than {most} for N = 2^{n}" for n, most in MAX_LOG_QP.items()),
                 fix="fewer levels, a larger ring, or a smaller scale",
             )
 
@@ -110,6 +119,11 @@ class Parameters:
         }
 
 
+def room(log_n: int) -> int:
+    """Bits that the sizes of a secure ring's primes may have together."""
+    return math.floor(MAX_LOG_QP[log_n] - PRIME_BITS)
+
+
 def choose(levels: int, scale_bits: int, log_n: int | None = None) -> Parameters:
     """The smallest secure ring (or the given one) with so many levels, and as few key bytes as it allows.
 
@@ -122,7 +136,7 @@ def choose(levels: int, scale_bits: int, log_n: int | None = None) -> Parameters
     if log_n is not None and log_n not in MAX_LOG_QP:
         raise InputError("no such ring", got=f"log_n={log_n}", allowed=tuple(map(str, MAX_LOG_QP)))
     for n in MAX_LOG_QP if log_n is None else (log_n,):
-        fitting = [p for p in _candidates(levels, scale_bits, n) if sum(p[0] + p[1]) <= MAX_LOG_QP[n]]
+        fitting = [p for p in _candidates(levels, scale_bits, n) if sum(p[0] + p[1]) <= room(n)]
         if fitting:
             return min((Parameters(n, q, p, scale_bits) for q, p in fitting), key=lambda c: c.key_bytes)
     largest = max(MAX_LOG_QP) if log_n is None else log_n
@@ -137,7 +151,7 @@ def choose(levels: int, scale_bits: int, log_n: int | None = None) -> Parameters
 def choose_bootstrapping(levels: int, scale_bits: int) -> Parameters | None:
     """So many levels after every bootstrap, in the only secure ring with room for it; None if it has none."""
     log_n = max(MAX_LOG_QP)
-    return with_bootstrapping(levels, scale_bits, log_n, MAX_LOG_QP[log_n])
+    return with_bootstrapping(levels, scale_bits, log_n, room(log_n))
 
 
 def with_bootstrapping(
@@ -154,13 +168,13 @@ def with_bootstrapping(
 def max_levels(log_n: int, scale_bits: int) -> int:
     """How many levels a secure ring has, with one prime for key switching."""
     base = scale_bits + BASE_BITS
-    return (MAX_LOG_QP[log_n] - base - (base + 1)) // scale_bits
+    return (room(log_n) - base - (base + 1)) // scale_bits
 
 
 def max_refresh(scale_bits: int) -> int:
     """How many levels a bootstrap can give in a secure ring: those that its own primes leave room for."""
-    room = MAX_LOG_QP[max(MAX_LOG_QP)] - sum(bootstrapping.PRIMES) - bootstrapping.SPECIAL_BITS
-    return (room - scale_bits - BASE_BITS) // scale_bits
+    left = room(max(MAX_LOG_QP)) - sum(bootstrapping.PRIMES) - bootstrapping.SPECIAL_BITS
+    return (left - scale_bits - BASE_BITS) // scale_bits
 
 
 def insecure_test_parameters(
@@ -168,7 +182,7 @@ def insecure_test_parameters(
 ) -> Parameters:
     """Small rings for tests: they protect nothing, and no option of the runtime leads here."""
     if bootstrap:
-        made = with_bootstrapping(levels, scale_bits, log_n, MAX_LOG_QP[16], insecure=True)
+        made = with_bootstrapping(levels, scale_bits, log_n, room(16), insecure=True)
         assert made is not None
         return made
     q, p = _candidates(levels, scale_bits, log_n)[1]
