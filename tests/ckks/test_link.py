@@ -22,7 +22,8 @@ from tightrope.runtimes.ckks.link import (
 )
 
 
-def pair(trusted: bool = True) -> tuple[Any, Any]:
+def pair(trusted: bool = True, timeout_s: float = 5, patient: bool = False) -> tuple[Any, Any]:
+    """The client's link, and the server's, or why it has none; the options are the server's."""
     client, server, other = (make_identity(name) for name in ("client", "server", "other"))
     near, far = socket.socketpair(socket.AF_UNIX)
     made: list[Any] = []
@@ -30,7 +31,8 @@ def pair(trusted: bool = True) -> tuple[Any, Any]:
     def accept() -> None:
         pinned = client if trusted else other
         try:
-            made.append(Link(_tcp(far), tls_context(server, pinned.certificate, accepts=True), "client", 5))
+            context = tls_context(server, pinned.certificate, accepts=True)
+            made.append(Link(_tcp(far), context, "client", timeout_s, patient=patient))
         except ProtocolError as error:
             made.append(error)
 
@@ -111,5 +113,31 @@ def test_a_head_that_is_no_object_is_refused(kind: int, head: bytes, match: str)
     near._socket.sendall(HEAD.pack(MAGIC, kind, 1) + SIZE.pack(len(head)) + head)
     with pytest.raises(ProtocolError, match=match):
         far.receive(KEY, 1, 10)
+    near.close()
+    far.close()
+
+
+def test_a_patient_link_waits_for_a_message_to_begin() -> None:
+    near, far = pair(timeout_s=0.3, patient=True)
+    late = threading.Timer(1.0, near.send, (KEY, {}, [b"x"]))
+    late.start()
+    assert far.receive(KEY, 1, 10) == ({}, [b"x"])
+    late.join()
+    ended = threading.Timer(0.6, near.close)
+    ended.start()
+    assert far.receive(KEY, 1, 10) is None
+    ended.join()
+    far.close()
+
+
+@pytest.mark.parametrize(("patient", "begun"), [(True, 1), (True, HEAD.size), (False, 0)])
+def test_no_link_waits_for_the_rest_of_a_message_and_only_a_patient_one_for_its_begin(
+    patient: bool, begun: int
+) -> None:
+    near, far = pair(timeout_s=0.3, patient=patient)
+    near._socket.sendall(HEAD.pack(MAGIC, KEY, 1)[:begun])
+    with pytest.raises(ProtocolError, match="lost client") as error:
+        far.receive(KEY, 1, 10)
+    assert "no answer in time" in str(error.value)
     near.close()
     far.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from small_networks import images, network
 from tightrope.errors import InputError, ProtocolError
 from tightrope.nn import PolynomialActivation
 from tightrope.program import Program
-from tightrope.runtimes.ckks import CKKS, lattigo
+from tightrope.runtimes.ckks import CKKS, execute, lattigo
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.cost import estimate
 from tightrope.runtimes.ckks.format import METADATA_BYTES, check_ciphertext, check_key
@@ -286,6 +288,20 @@ def test_a_server_that_dies_is_noticed_at_once(program: Program) -> None:
         with pytest.raises(ProtocolError, match="server") as error:
             opened.run(images(1).numpy())
     assert "status -9" in str(error.value)
+
+
+def test_a_session_outlives_pauses_and_its_server_ends_with_the_client(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = execute._start
+    hurried = lambda program, config, *more: start(program, replace(config, timeout_s=2.0), *more)  # noqa: E731
+    monkeypatch.setattr(execute, "_start", hurried)
+    with ToyCKKS(threads=1).open(program) as opened:
+        opened.run(images(1).numpy())
+        time.sleep(3.0)
+        opened.run(images(1).numpy())
+        opened._link.close()
+        assert opened._process.wait(20) == 0
 
 
 def test_free_memory_is_what_the_kernel_and_the_container_leave(tmp_path: Path) -> None:

@@ -43,9 +43,11 @@ class CKKS:
     squares: whether a quadratic between two layers takes one level instead of two, by completing the square.
     memory_bytes: what both processes together may take, 0 for four fifths of what is free; a session whose
     estimate is larger is refused. threads: images that the server works on at a time. timeout_s: how long the
-    client waits for an answer; port: of the server on the loopback, 0 for a free one. inspect: the server
-    also returns the result of every step, and the measurement's config says as `slots` the largest error in
-    each one's, bytes counted as without; for a machine of one's own, since a client learns the weights so.
+    client waits for an answer, and either side for the rest of a message, while the server waits for the next
+    one as long as the client is there; port: of the server on the loopback, 0 for a free one. inspect: the
+    server also returns the result of every step, and the measurement's config says as `slots` the largest
+    error in each one's, bytes counted as without; for a machine of one's own, since a client learns the
+    weights so.
 
     Raises InputError for a value out of range or no whole number.
     """

@@ -83,12 +83,22 @@ def tls_context(own: Identity, peer_certificate: bytes, *, accepts: bool) -> ssl
 
 class Link:
     """A TLS connection to `peer` that carries messages. timeout_s: the longest wait without any progress.
+    patient: for a message to begin it waits as long as the peer is there.
 
     `sent` and `received` count the raw parts: heads, which hold times, vary.
     """
 
-    def __init__(self, raw: socket.socket, context: ssl.SSLContext, peer: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        raw: socket.socket,
+        context: ssl.SSLContext,
+        peer: str,
+        timeout_s: float,
+        *,
+        patient: bool = False,
+    ) -> None:
         self.peer = peer
+        self._timeout_s, self._patient = timeout_s, patient
         self.sent = self.received = 0
         try:
             raw.settimeout(timeout_s)
@@ -116,10 +126,12 @@ class Link:
 
         Raises ProtocolError for anything else, and with the peer's words if it failed.
         """
-        head = self._read(HEAD.size, end=True)
-        if not head:
+        self._socket.settimeout(None if self._patient else self._timeout_s)
+        first = self._read(1, end=True)
+        if not first:
             return None
-        magic, got, number = HEAD.unpack(head)
+        self._socket.settimeout(self._timeout_s)
+        magic, got, number = HEAD.unpack(first + self._read(HEAD.size - 1))
         if magic != MAGIC or got not in (kind, FAILED) or not 1 <= number <= 1 + count:
             raise ProtocolError(
                 f"{self.peer} sent another message than agreed",

@@ -72,7 +72,7 @@ def main() -> int:
     listener.settimeout(CONNECT_S)
     raw, _ = listener.accept()
     listener.close()
-    link = Link(raw, context, "the client", about["timeout_s"])
+    link = Link(raw, context, "the client", about["timeout_s"], patient=True)
     try:
         serve(link, circuit, about["threads"], inspect=about["inspect"])
     except Exception as error:
