@@ -22,6 +22,7 @@ from tightrope.program import Program
 from tightrope.runtimes.ckks import CKKS, keymaker, lattigo
 from tightrope.runtimes.ckks.circuit import Composite, Refresh, Square
 from tightrope.runtimes.ckks.compiler import compile_program
+from tightrope.runtimes.ckks.cost import estimate
 from tightrope.runtimes.ckks.format import boot_key_size, check_boot_keys
 from tightrope.runtimes.ckks.parameters import MAX_LOG_QP, choose_bootstrapping
 from tightrope.runtimes.plain import evaluate
@@ -244,4 +245,15 @@ def test_keys_of_another_size_end_the_key_maker(off: int, monkeypatch: pytest.Mo
     client.close()
     assert (
         f"more than {size - off} bytes" in str(error.value) if off > 0 else f"{size} of" in str(error.value)
+    )
+
+
+def test_the_memory_of_a_bootstrapped_session_counts_bootstraps_that_are_at_work() -> None:
+    """What hoisting holds has the primes of bootstrapping; one image in work more takes so much more."""
+    circuit = compile_program(narrow(64)[0], CKKS(bootstrap="always").parameters).bare()
+    ring = circuit.parameters.during_bootstrap()
+    hoisted = 2 * (len(ring.q_bits) + len(ring.p_bits)) * (8 << ring.log_n)
+    one, two = (estimate(circuit, threads).server_bytes for threads in (1, 2))
+    assert (
+        two - one > 1.4 * 40 * hoisted > 40 * circuit.parameters.ciphertext_bytes(circuit.parameters.levels)
     )

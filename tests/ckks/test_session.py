@@ -108,8 +108,8 @@ def test_more_memory_than_allowed_is_refused_with_both_values(program: Program) 
 def test_bootstraps_that_fit_are_named_where_memory_is_short() -> None:
     """19 layers and 18 squares: keys of a ring of 37 levels, or bootstraps to two."""
     act = PolynomialActivation([[0.1, 0.5, 0.25]], gated=False)
-    layers = [part for _ in range(18) for part in (nn.Conv2d(1, 1, 1), act)]
-    program, _ = calibrated(nn.Sequential(*layers, nn.Conv2d(1, 1, 1)), (1, 2, 2))
+    layers = [part for _ in range(18) for part in (nn.Conv2d(4, 4, 1), act)]
+    program, _ = calibrated(nn.Sequential(*layers, nn.Conv2d(4, 4, 1)), (4, 2, 2))
     deep, few = CKKS(), CKKS(bootstrap="always", refresh_levels=2)
     needs, fits = (
         estimate(compile_program(program, one.parameters), one.threads).memory_bytes for one in (deep, few)

@@ -30,7 +30,10 @@ MULTIPLICATIONS = {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 5}  # ciphertext produ
 KEY_COPIES = 3.2  # of the keys, while the server reads them: the mapped file, a copy, and the keys
 WORKING_CIPHERTEXTS = 40  # per image in work: hoisted decompositions and results of the largest step
 MAKER_COPIES = 3.2  # of bootstrapping's keys, in the process that makes them
-GARBAGE = 1.4  # how far the server's heap grows beyond what is in use
+GARBAGE = 1.4  # how far the server's heap grows beyond the keys
+# With bootstraps, of all that the library has in use, what an image in work takes included: a ResNet-20 with
+# bootstraps to 5 levels took 1.36 times that. A tenth more is for what differs from one run to another.
+BOOT_GARBAGE = 1.5
 PROCESS_BYTES = 350 << 20  # an interpreter with torch and a library, for each of client and server
 
 
@@ -84,10 +87,11 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
     rows = parameters.levels + 1 + len(parameters.p_bits)
     working = threads * int(WORKING_CIPHERTEXTS * top + encoded * rows * (8 << parameters.log_n))
     boot = boot_key_size(circuit)
-    matrices = _dft_bytes(parameters, circuit.boot_slots) if boot else 0
-    library = GARBAGE * (key_bytes + boot + matrices)
+    library = GARBAGE * key_bytes + working
+    if boot:
+        library = BOOT_GARBAGE * (key_bytes + boot + _boot_bytes(circuit, threads) + working)
     loading = max(KEY_COPIES * key_bytes, key_bytes + KEY_COPIES * boot)
-    serving = int(max(loading, library + 2 * kept + working))
+    serving = int(max(loading, library + 2 * kept))
     return Estimate(
         parameters=parameters,
         keys=keys,
@@ -101,6 +105,13 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         setup_ms=key_bytes * KEY_MS + boot * BOOT_KEY_MS,
         image_ms=sum(steps_ms(circuit).values()),
     )
+
+
+def _boot_bytes(circuit: Circuit, threads: int) -> int:
+    """What bootstrapping keeps in the server beside its keys, and what every image in work takes of it."""
+    ring = circuit.parameters.during_bootstrap()
+    ciphertext = 2 * (len(ring.q_bits) + len(ring.p_bits)) * (8 << ring.log_n)  # as hoisted
+    return _dft_bytes(circuit.parameters, circuit.boot_slots) + threads * WORKING_CIPHERTEXTS * ciphertext
 
 
 def _dft_bytes(parameters: Parameters, slots: int) -> int:
