@@ -108,6 +108,7 @@ class Search:
                 self._shrink()
             if path is not None and self.shard.first:
                 disk.save(path, run, self._checkpoint())
+                self._tell(self.epoch * self.per_epoch)  # again: now it is kept
 
     def _epoch(self) -> None:
         seed = self.settings.seed * STRIDE + self.epoch
