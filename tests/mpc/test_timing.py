@@ -20,7 +20,7 @@ from tightrope.runtimes.mpc import MPC, compile_program, costs
 from tightrope.runtimes.mpc import calibrate as calibration
 from tightrope.runtimes.mpc.network import NETWORKS as LINKS
 from tightrope.runtimes.mpc.network import Network
-from tightrope.runtimes.mpc.timing import UNITS, Profile, online_ms, shipped
+from tightrope.runtimes.mpc.timing import UNITS, Profile, offline_ms, online_ms, shipped
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.runtimes.plain import ranges
 from tightrope.types import Cost
@@ -256,14 +256,20 @@ def made_up(truth: Profile, schedule) -> dict[tuple[str, int], dict[str, Cost]]:
 
 def test_a_fit_finds_the_profile_that_made_the_times() -> None:
     truth = replace(
-        Profile.read(shipped(), 64, "here"), frame=90e3, late=40e3, byte=1.7, step=25e3, gate=210e3,
-        deal=60e3, shared=3.0, keyed=20.0,
+        Profile.read(shipped(), 64, "here"), frame=90e3, late=40e3, byte=1.7, bulk=1.1, step=25e3,
+        gate=210e3, deal=60e3, shared=3.0, keyed=20.0,
     )  # fmt: skip
     schedule = compile_program(calibration.session_program(), MPC())
     times = made_up(truth, schedule)
-    guess = replace(truth, **calibration.GUESS, **dict.fromkeys(calibration.DEALT, 0.0))
-    found = calibration.fitted(calibration.dealt(guess, schedule, times), schedule, times)
-    for unit in (*calibration.SESSION, *calibration.DEALT):
+    alone = {unit: getattr(truth, unit) / 1.4 for unit in calibration.LOOPS}
+    guess = replace(truth, **alone, **calibration.GUESS, **dict.fromkeys(calibration.DEALT, 0.0))
+    found = calibration.dealt(calibration.fitted(guess, schedule, times), schedule, times)
+    whole = {}
+    for batch in (1, 4, 16):
+        size = calibration.partial(calibration.frame_bytes, batch=batch)
+        whole[batch] = sum(offline_ms(schedule.steps, batch, size, truth, Network()).values())
+    found = calibration.ahead(found, schedule, whole)
+    for unit in (*calibration.SESSION, *alone, *calibration.DEALT, "bulk"):
         assert getattr(found, unit) == pytest.approx(getattr(truth, unit), rel=0.02), unit
 
 

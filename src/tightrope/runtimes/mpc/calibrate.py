@@ -3,7 +3,8 @@
 A loop runs on inputs that no cache holds, as a party does: its material came some time ago. Each repetition
 is short enough to be undisturbed on a busy machine now and then. What a step, a gate, a frame and a byte
 take, and a frame over a network, is what makes the predicted times of sessions the measured ones (least
-squares of logarithms).
+squares of logarithms), and so is how much longer the loops take there: beside two other processes caches are
+shared, and a machine is not as fast all the time as it is at best.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,19 +35,21 @@ from tightrope.runtimes.mpc.prg import SEED_BYTES, SESSION_BYTES, Stream, Stream
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
 from tightrope.runtimes.mpc.steps import Gate, Multiply, Piece, Wire
 from tightrope.runtimes.mpc.team import threads_of
-from tightrope.runtimes.mpc.timing import Profile, online_ms
+from tightrope.runtimes.mpc.timing import Profile, offline_ms, online_ms
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.types import Cost, Json, Measurement
 
 LAYERS = ("mac", "row", "gathered")
 SESSION = ("frame", "late", "byte", "step", "gate")
+LOOPS = ("mac", "row", "gathered", "element", "opened", "selected", "compared", "level", "drawn")
 GUESS = {"frame": 2e5, "late": 1e5, "byte": 2.0, "step": 2e4, "gate": 2e5}
 DEALT = ("deal", "shared", "keyed")  # what only the dealer's times in the session tell
 NEAR, FAR = "loopback", "lan"
-CASES = ((NEAR, 1), (NEAR, 64), (FAR, 1))  # networks and batches: what depends on no size, on size, on delay
+CASES = ((NEAR, 1), (NEAR, 4), (NEAR, 16), (FAR, 1), (FAR, 4))  # networks and batches
 WIDTHS = (12, 16, 20, 24, 28, 32)  # bits of comparisons
 LINKS = 6  # of each kind in the session's program
 REPEATS = 60
+ROUNDS = 6  # over the sessions: a machine may be slower for seconds
 CACHES_BYTES = 1 << 26  # more than caches hold
 MIDDLE = 0.5  # the share of the repetitions, neither the fastest nor the slowest, that counts as usual
 RANGE = 8.0  # of every value of the session's program
@@ -55,7 +59,8 @@ Units = dict[str, float]
 Inputs = tuple[Any, ...]  # arrays or tensors
 Loop = Callable[..., object]
 Case = tuple[str, int]
-Times = Mapping[Case, Mapping[str, Cost]]  # case -> group of ops -> milliseconds
+Times = Mapping[Case, Mapping[str, Cost]]  # case -> group of ops -> milliseconds; offline the dealer's own
+Whole = Mapping[int, float]  # batch -> milliseconds of everything offline, without a network
 
 
 def calibrate(config: MPC, progress: Progress) -> dict[str, Json]:
@@ -81,12 +86,13 @@ def measured(config: MPC, done: Callable[[str, int], None]) -> Units:
         found |= _gates(config)
     done("session", 2)
     program = session_program()
-    times = _session(config, program)
+    times, offline = _session(config, program)
     done("session", 3)
     schedule = compile_program(program, config)
-    units: dict[str, Any] = {**GUESS, **dict.fromkeys(DEALT, 0.0), **found}
-    guess = Profile(**units)
-    return fitted(dealt(guess, schedule, times), schedule, times).units
+    units: dict[str, Any] = {**GUESS, **dict.fromkeys((*DEALT, "bulk"), 0.0), **found}
+    guess = Profile(**units, host=_host(threads_of(config)))
+    known = dealt(fitted(guess, schedule, times), schedule, times)
+    return ahead(known, schedule, offline).units
 
 
 @contextmanager
@@ -232,7 +238,7 @@ def _comparison(stream: Stream, bits: int, threads: int, count: int = 1 << 13) -
 def session_program() -> Program:
     """Layers after layers, layers after ReLUs of small and of larger tiles, and additions: groups of ops by
     their first letter."""
-    channels, n = 4, 8
+    channels, n = 8, 14
     ops: list[Any] = []
     last = Program.INPUT
     for k in range(LINKS):
@@ -261,18 +267,31 @@ def session_program() -> Program:
     return Program(tuple(ops), (channels, n, n), last, tensors, ranges)
 
 
-def _session(config: MPC, program: Program) -> Times:
-    """What the parties usually took, by case and group; offline the dealer."""
-    times = {}
-    for network in (NEAR, FAR):
-        with replace(config, network=network).open(program, "execute") as session:
-            for batch in (b for n, b in CASES if n == network):
+def _session(config: MPC, program: Program) -> tuple[Times, Whole]:
+    """What the parties usually took, by case and group; offline the dealer. All cases take turns."""
+    with ExitStack() as stack:
+        sessions = {
+            network: stack.enter_context(replace(config, network=network).open(program, "execute"))
+            for network in (NEAR, FAR)
+        }
+        runs: dict[Case, list[Measurement]] = {case: [] for case in CASES}
+        for _ in range(ROUNDS):
+            for network, batch in CASES:
                 x = np.zeros((batch, *program.input_shape))
-                session.run(x)
-                runs = [session.run(x)[1] for _ in range(REPEATS)]
-                online, dealer = _usual(runs), groups(_fastest_ops(runs))
-                times[network, batch] = {g: Cost(online_ms=online[g], offline_ms=dealer[g]) for g in online}
-    return times
+                sessions[network].run(x)
+                runs[network, batch] += [
+                    sessions[network].run(x)[1] for _ in range(max(1, REPEATS // ROUNDS))
+                ]
+    times = {}
+    for case, found in runs.items():
+        online, dealer = _usual(found), groups(_fastest_ops(found))
+        times[case] = {group: Cost(online_ms=online[group], offline_ms=dealer[group]) for group in online}
+    offline = {
+        batch: statistics.median(run.total.offline_ms for run in found)
+        for (network, batch), found in runs.items()
+        if network == NEAR
+    }
+    return times, offline
 
 
 def _fastest_ops(runs: Sequence[Measurement]) -> dict[str, float]:
@@ -316,10 +335,12 @@ def dealt(guess: Profile, schedule: Schedule, times: Times) -> Profile:
 
 
 def fitted(guess: Profile, schedule: Schedule, times: Times) -> Profile:
-    """The profile whose online predictions are nearest to `times`, the units of the loops as guessed."""
+    """The profile whose online predictions are nearest to `times`, its loops in proportion as guessed."""
 
     def profile(logarithms: NDArray[np.float64]) -> Profile:
-        return replace(guess, **dict(zip(SESSION, np.exp(logarithms).tolist(), strict=True)))
+        *session, slower = np.exp(logarithms).tolist()
+        loops = {unit: slower * getattr(guess, unit) for unit in LOOPS}
+        return replace(guess, **loops, **dict(zip(SESSION, session, strict=True)))
 
     def residuals(logarithms: NDArray[np.float64]) -> list[float]:
         found = []
@@ -329,7 +350,27 @@ def fitted(guess: Profile, schedule: Schedule, times: Times) -> Profile:
             found += [float(np.log(predicted[group] / spent[group].online_ms)) for group in spent]
         return found
 
-    start = np.log([GUESS[unit] for unit in SESSION])
+    start = np.log([*(GUESS[unit] for unit in SESSION), 1.0])
+    return profile(least_squares(residuals, start, bounds=(np.log(1e-3), np.log(1e8))).x)
+
+
+def ahead(guess: Profile, schedule: Schedule, whole: Whole) -> Profile:
+    """`guess` with the step and the byte offline that make predictions of whole offline phases nearest: the
+    parties' steps wait for each other, and long messages are moved faster than short ones."""
+
+    def profile(logarithms: NDArray[np.float64]) -> Profile:
+        deal, bulk = np.exp(logarithms).tolist()
+        return replace(guess, deal=deal, bulk=bulk)
+
+    def residuals(logarithms: NDArray[np.float64]) -> list[float]:
+        found = []
+        for batch, ms in whole.items():
+            size = partial(frame_bytes, batch=batch)
+            predicted = offline_ms(schedule.steps, batch, size, profile(logarithms), Network())
+            found.append(float(np.log(sum(predicted.values()) / ms)))
+        return found
+
+    start = np.log([max(1.0, guess.deal), guess.byte])
     return profile(least_squares(residuals, start, bounds=(np.log(1e-3), np.log(1e8))).x)
 
 

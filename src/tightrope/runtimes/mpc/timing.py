@@ -31,6 +31,7 @@ class Profile:
 
     frame: a message's way to the other process, whatever its size; late: what it takes longer over a network
     than delay and bandwidth say, as timers and idle processors wake late; byte: of a message, at both ends;
+    bulk: the same offline, where messages are long and nobody waits for the next one;
     step, gate: the fixed part of a step, of a `Gate`; mac: a multiplication in the ring with its addition;
     row: a weight of a convolution times all that it meets in a sample; gathered: a value that a convolution
     collects, once per group; element: read and written in a local step;
@@ -44,6 +45,7 @@ class Profile:
     frame: float
     late: float
     byte: float
+    bulk: float
     step: float
     gate: float
     mac: float
@@ -132,7 +134,7 @@ def offline_ms(
 ) -> dict[str, float]:
     """As `online_ms`; the dealer, who waits for nobody, runs ahead of the others. All three have enough to do
     to fill a machine with fewer cores: then what they do in all takes longer than any chain of it."""
-    busy_ns = 0.0
+    busy_ns, profile = 0.0, replace(profile, byte=profile.bulk)
 
     def moves() -> Moves:
         nonlocal busy_ns
