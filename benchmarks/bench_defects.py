@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--donor-epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=100, help="of fine-tuning, for every student")
+    parser.add_argument("--test", type=int, default=1000, help="test images that are attacked")
     parser.add_argument("--removed", type=float, default=0.6)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_defects"))
     options = parser.parse_args()
@@ -96,10 +98,13 @@ def main() -> None:
     x, y = task.splits["train"]
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[: options.images]
     few = replace(task, splits={**task.splits, "train": (x[order], y[order])})
-    settings = Study(removed=options.removed, eps=0.1, images=300, iterations=20)
+    settings = Study(
+        removed=options.removed, epochs=options.epochs, eps=0.1, images=options.test, iterations=20
+    )
     found: list[Inherited] = []
     for seed in range(options.seeds):
-        path = options.work / f"{seed}-{options.donor_epochs}-{options.images}-{options.removed}.json"
+        size = f"{options.donor_epochs}-{options.images}-{options.epochs}-{options.test}"
+        path = options.work / f"{seed}-{size}-{options.removed}.json"
         if not path.exists():
             ones = study(trace(donor, data.input_shape), few, replace(settings, seed=seed), lambda *_: None)
             path.write_text(json.dumps([asdict(one) for one in ones]))
@@ -107,6 +112,7 @@ def main() -> None:
         print(path, *(one.to_dict() for one in found[-len(settings.names) :]), sep="\n", flush=True)
     command = f"python benchmarks/bench_defects.py --seeds {options.seeds} --removed {options.removed}"
     command += f" --images {options.images} --donor-epochs {options.donor_epochs}"
+    command += f" --epochs {options.epochs} --test {options.test}"
     made = [{"issue": 4, "command": command, **r} for r in rows(found, settings.names)]
     write("reengineer_defects", made)
 

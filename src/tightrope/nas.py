@@ -41,7 +41,7 @@ from tightrope.types import Budget, Cost, Json
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[Mapping[str, Json]], None]
-RUNS, VISITS = 25, 3
+RUNS, SECONDS = 25, 1.0  # of timing one network
 LIMITED = (METRIC, *METRICS)
 
 
@@ -229,10 +229,10 @@ def find(
 
 
 def time_network(space: Space, net: nn.Module, target: Target) -> float:
-    """Milliseconds per image: the least median of some visits, as in a latency table."""
+    """Milliseconds per image: the least median of some rows of runs, as in a latency table."""
     run = open_device(target.device, target.threads).load(net, space.input_shape, target.batch)
     with torch_threads(target.threads):
-        return min(time_ms(run, RUNS, target.clock).median_ms for _ in range(VISITS)) / target.batch
+        return time_ms(run, RUNS, target.clock, seconds=SECONDS).median_ms / target.batch
 
 
 def cost(space: Space, choice: Choice, table: LatencyTable | None, net: nn.Module | None = None) -> Cost:

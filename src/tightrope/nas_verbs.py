@@ -37,7 +37,7 @@ def measure(
         str, typer.Option(help="wall, or cpu: of one thread, on a machine that does other work too.")
     ] = "wall",
     runs: Annotated[int, typer.Option(help="Of each block and network, per visit.")] = 25,
-    visits: Annotated[int, typer.Option(help="Rounds over everything; the least median counts.")] = 3,
+    visits: Annotated[int, typer.Option(help="Rounds over everything; the least median counts.")] = 5,
     networks: Annotated[int, typer.Option(help="Random whole networks; a third is held out.")] = 36,
     seed: Annotated[int, typer.Option(help="Of the random networks.")] = 0,
     as_json: arg.AsJson = False,
