@@ -109,7 +109,7 @@ def main() -> None:
         for c in studied.compared
     ]
     low, high = (table.predict(SPACE, c) for c in (SPACE.smallest(), SPACE.largest()))
-    generator, tuned = np.random.default_rng(1), Tuned(studied, work / "tuned.json")
+    generator, tuned = np.random.default_rng(1), Tuned(studied, work / f"tuned-{SPACE.sha256()[:8]}.json")
     gain = pick(METHOD, studied.compared)
     off = []
     for limit in np.linspace(low, high, LIMITS + 2)[1:-1]:

@@ -58,7 +58,7 @@ PUBLISHED = {
     "lr_head": 0.1,
     "lr_mask": 0.05,
 }
-ANNEALED = PUBLISHED | {"decay": True, "margin": 1.0, "controls": False}  # they are those of "reference"
+ANNEALED = PUBLISHED | {"decay": True, "margin": 1.0, "controls": False}
 CHANNEL = {"granularity": "channel", "controls": False}
 ALIGNED = CHANNEL | {"multiple": 8}  # channels, as the kernels of ONNX Runtime want them
 CONFIGS = {"channel": CHANNEL, "aligned": ALIGNED}

@@ -125,26 +125,25 @@ def host(name: str) -> dict[str, str | int]:
     return {"processor": model, "cores": os.cpu_count() or 1}
 
 
-def time_ms(run: Run, runs: int, clock: str, *, seconds: float = 0.0) -> Timing:
-    """Of `runs` single runs in a row, after some that are not counted; while `seconds` have not passed, of
-    further ones, and those of the least median count: a machine can be slowed for longer than runs take."""
+def time_ms(run: Run, runs: int, clock: str, *, rows: int = 1, row_seconds: float = 0.0) -> Timing:
+    """The least median of `rows` rows, after some runs that are not counted: other work may slow a machine
+    for longer than runs take. A row is at least `runs` single runs, and more while `row_seconds` have not
+    passed: short runs get no more rows than long ones, of which the least would be less."""
     for _ in range(WARM_UP):
         run()
+    timed = [_row(run, runs, CLOCKS[clock], row_seconds) for _ in range(rows)]
+    return min(timed, key=lambda timing: timing.median_ms)
+
+
+def _row(run: Run, runs: int, now: Callable[[], float], seconds: float) -> Timing:
+    spent: list[float] = []
     end = time.perf_counter() + seconds
-    best = _row(run, runs, CLOCKS[clock])
-    while time.perf_counter() < end:
-        best = min(best, _row(run, runs, CLOCKS[clock]), key=lambda timing: timing.median_ms)
-    return best
-
-
-def _row(run: Run, runs: int, now: Callable[[], float]) -> Timing:
-    spent = []
-    for _ in range(runs):
+    while len(spent) < runs or time.perf_counter() < end:
         start = now()
         run()
         spent.append((now() - start) * 1e3)
     low, _, high = statistics.quantiles(spent, n=4)
-    return Timing(statistics.median(spent), high - low, runs)
+    return Timing(statistics.median(spent), high - low, len(spent))
 
 
 @contextmanager

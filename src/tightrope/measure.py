@@ -18,7 +18,8 @@ from tightrope.models.arch import Architecture
 from tightrope.models.mobilenet import mobilenet
 
 Progress = Callable[[str, int, int], None]
-SECONDS = 0.15  # of a visit, at least
+ROWS, ROW_SECONDS = 3, 0.05  # at a visit
+VISITS = 5
 
 
 def measure(
@@ -30,14 +31,15 @@ def measure(
     batch: int = 1,
     clock: str = "wall",
     runs: int = 25,
-    visits: int = 5,
+    visits: int = VISITS,
     fitted: int = 24,
     held_out: int = 12,
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> LatencyTable:
-    """Time every part of `space` and some whole networks, in `visits` rounds over all of them, rows of `runs`
-    runs at a visit; kept at `path` after every visit, from where the same call goes on.
+    """Time every part of `space` and some whole networks, in `visits` rounds over all of them, at each the
+    fastest of three rows of at least `runs` runs; kept at `path` after every visit, from where the same call
+    goes on.
 
     Raises InputError for a device that is not there, and a table at `path` that is another one's.
     """
@@ -68,7 +70,7 @@ def measure(
                 if len(known) > visit:
                     continue
                 run = engine.load(build(), shape, batch)
-                table = table.add(key, time_ms(run, runs, clock, seconds=SECONDS))
+                table = table.add(key, time_ms(run, runs, clock, rows=ROWS, row_seconds=ROW_SECONDS))
                 table.save(path)
                 progress(f"measuring on {device}", done, of)
     return table

@@ -19,6 +19,7 @@ from tightrope.graph import trace
 from tightrope.learning import EVERYTHING, ask, keep
 from tightrope.lock import check_writable
 from tightrope.lower import lower
+from tightrope.measure import ROW_SECONDS, ROWS, VISITS
 from tightrope.measure import measure as measure_latency
 from tightrope.methods import Learned, Shown
 from tightrope.methods.binas import accuracies, latency, oneshot
@@ -41,7 +42,7 @@ from tightrope.types import Budget, Cost, Json
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[Mapping[str, Json]], None]
-RUNS, SECONDS = 25, 1.0  # of timing one network
+RUNS = 25
 LIMITED = (METRIC, *METRICS)
 
 
@@ -97,13 +98,18 @@ def latency_table(
     """
     path = target.table or work / f"latency-{target.device}.json"
     how = {"threads": target.threads, "batch": target.batch, "clock": target.clock}
-    if target.table is None:
+    if target.table is None and (settings or not _measured(path, space)):
         return measure_latency(space, target.device, path, progress=progress, **how, **settings)  # type: ignore[arg-type]
     table = latency.load(path, space)
     if not target.elsewhere:
         device = open_device(target.device, target.threads)
         table.check(space, conditions(target.device, device, **how))  # type: ignore[arg-type]
     return table
+
+
+def _measured(path: Path, space: Space) -> bool:
+    """Whether there is a whole table, however often its parts were visited."""
+    return path.exists() and latency.load(path, space, unfinished=True).complete
 
 
 def study(
@@ -229,10 +235,11 @@ def find(
 
 
 def time_network(space: Space, net: nn.Module, target: Target) -> float:
-    """Milliseconds per image: the least median of some rows of runs, as in a latency table."""
+    """Milliseconds per image: the least median of as many rows of runs as a latency table has of each."""
     run = open_device(target.device, target.threads).load(net, space.input_shape, target.batch)
     with torch_threads(target.threads):
-        return time_ms(run, RUNS, target.clock, seconds=SECONDS).median_ms / target.batch
+        timing = time_ms(run, RUNS, target.clock, rows=ROWS * VISITS, row_seconds=ROW_SECONDS)
+    return timing.median_ms / target.batch
 
 
 def cost(space: Space, choice: Choice, table: LatencyTable | None, net: nn.Module | None = None) -> Cost:

@@ -36,7 +36,7 @@ def measure(
     clock: Annotated[
         str, typer.Option(help="wall, or cpu: of one thread, on a machine that does other work too.")
     ] = "wall",
-    runs: Annotated[int, typer.Option(help="Of each block and network, per visit.")] = 25,
+    runs: Annotated[int, typer.Option(help="In a row, at least; three rows a visit.")] = 25,
     visits: Annotated[int, typer.Option(help="Rounds over everything; the least median counts.")] = 5,
     networks: Annotated[int, typer.Option(help="Random whole networks; a third is held out.")] = 36,
     seed: Annotated[int, typer.Option(help="Of the random networks.")] = 0,
@@ -78,7 +78,7 @@ def binas(
     budget: Annotated[
         str,
         typer.Option(
-            "--budget", "-b", help="online_ms, macs, weights: 'online_ms<=0.1', 'macs<=40%,weights<=1e5'."
+            "--budget", "-b", help="online_ms, macs, weights: 'online_ms<=60%', 'macs<=40%,weights<=5e4'."
         ),
     ],
     space: SpaceName = "fashion",

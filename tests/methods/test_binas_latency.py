@@ -155,6 +155,24 @@ def test_engines_time_networks_too(tiny, name):
     assert timing.median_ms > 0 and timing.iqr_ms >= 0 and timing.runs == 5
 
 
+def test_the_fastest_row_counts_and_short_runs_fill_it(monkeypatch):
+    now, spent = 0.0, 0
+
+    def run() -> None:
+        nonlocal now, spent
+        spent += 1
+        now += 0.005 if spent < 80 else 0.002 if spent < 120 else 0.009
+
+    monkeypatch.setattr(devices, "WARM_UP", 0)
+    monkeypatch.setitem(devices.CLOCKS, "made up", lambda: now)
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now)
+    timing = devices.time_ms(run, 10, "made up", rows=4, row_seconds=0.2)
+    # rows of 40 runs at 5 ms, 40 at 5, 40 to 100 at 2, and at least 23 at 9
+    assert timing.median_ms == pytest.approx(2) and 40 < timing.runs <= 100
+    spent = 0
+    assert devices.time_ms(run, 10, "made up").runs == 10
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

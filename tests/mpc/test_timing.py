@@ -171,6 +171,10 @@ def test_profiles_are_read() -> None:
     whole = body(FREE, {"cpu": "none"})
     assert Profile.read(json.loads(json.dumps(whole)), 64, "here") == replace(FREE, host={"cpu": "none"})
     units = FREE.units
+    earlier = {unit: 2.0 for unit in UNITS if unit != "bulk"}
+    assert Profile.read({"host": {}, "rings": {"64": earlier}}, 64, "a bundle").bulk == 2.0
+    with pytest.raises(InputError, match="missing or unknown: mac"):
+        Profile.read({"host": {}, "rings": {"64": {k: 1.0 for k in UNITS if k != "mac"}}}, 64, "here")
     wrong = [
         [], None, {}, {"host": {}}, whole | {"host": "here"}, {"host": {}, "rings": {"32": units}},
         *({"host": {}, "rings": {"64": bad}} for bad in (
@@ -240,8 +244,9 @@ def test_over_a_network_the_end_of_a_message_is_handled_when_it_is_there() -> No
     assert priced(late=1e6).exact(program).online_ms == 0.0  # loopback waits for no timer
 
 
-def made_up(truth: Profile, schedule) -> dict[tuple[str, int], dict[str, Cost]]:
-    """The times of a machine that takes exactly what a profile predicts; offline the dealer's own."""
+def made_up(truth: Profile, alone: Profile, schedule) -> dict[tuple[str, int], dict[str, Cost]]:
+    """The times of a machine that takes exactly what a profile predicts; offline the dealer's own, who is
+    not disturbed."""
     times = {}
     for link, batch in calibration.CASES:
         size = calibration.partial(calibration.frame_bytes, batch=batch)
@@ -249,7 +254,7 @@ def made_up(truth: Profile, schedule) -> dict[tuple[str, int], dict[str, Cost]]:
         dealer = dict.fromkeys(online, 0.0)
         for step in schedule.steps:
             for part in OFFLINE[type(step)](step, batch):
-                dealer[step.op[0]] += truth.ns(part.get("dealer", {})) / 1e6
+                dealer[step.op[0]] += alone.ns(part.get("dealer", {})) / 1e6
         times[link, batch] = {g: Cost(online_ms=online[g], offline_ms=dealer[g]) for g in online}
     return times
 
@@ -260,16 +265,17 @@ def test_a_fit_finds_the_profile_that_made_the_times() -> None:
         gate=210e3, deal=60e3, shared=3.0, keyed=20.0,
     )  # fmt: skip
     schedule = compile_program(calibration.session_program(), MPC())
-    times = made_up(truth, schedule)
-    alone = {unit: getattr(truth, unit) / 1.4 for unit in calibration.LOOPS}
-    guess = replace(truth, **alone, **calibration.GUESS, **dict.fromkeys(calibration.DEALT, 0.0))
-    found = calibration.dealt(calibration.fitted(guess, schedule, times), schedule, times)
+    loops = {unit: getattr(truth, unit) / 1.4 for unit in calibration.LOOPS}
+    alone = replace(truth, **loops)
+    times = made_up(truth, alone, schedule)
+    guess = replace(alone, **calibration.GUESS, **dict.fromkeys(calibration.DEALT, 0.0))
+    found = calibration.fitted(calibration.dealt(guess, schedule, times), schedule, times)
     whole = {}
     for batch in (1, 4, 16):
         size = calibration.partial(calibration.frame_bytes, batch=batch)
         whole[batch] = sum(offline_ms(schedule.steps, batch, size, truth, Network()).values())
     found = calibration.ahead(found, schedule, whole)
-    for unit in (*calibration.SESSION, *alone, *calibration.DEALT, "bulk"):
+    for unit in (*calibration.SESSION, *loops, *calibration.DEALT, "bulk"):
         assert getattr(found, unit) == pytest.approx(getattr(truth, unit), rel=0.02), unit
 
 
@@ -283,4 +289,5 @@ def test_calibration_measures_every_unit(monkeypatch: pytest.MonkeyPatch) -> Non
     for ring_bits in (64, 32):
         profile = Profile.read(json.loads(json.dumps(whole)), ring_bits, "here")
         assert all(np.isfinite(getattr(profile, unit)) for unit in UNITS)
-        assert min(profile.frame, profile.mac, profile.element, profile.opened, profile.level) > 0
+        found = profile.frame, profile.mac, profile.element, profile.opened, profile.level, profile.bulk
+        assert min(found) > 0

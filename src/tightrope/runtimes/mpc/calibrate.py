@@ -41,7 +41,8 @@ from tightrope.types import Cost, Json, Measurement
 
 LAYERS = ("mac", "row", "gathered")
 SESSION = ("frame", "late", "byte", "step", "gate")
-LOOPS = ("mac", "row", "gathered", "element", "opened", "selected", "compared", "level", "drawn")
+LOOPS = (*LAYERS, "element", "drawn", "opened", "selected", "compared", "level", "shared", "keyed")
+SLOWER = (0.2, 10.0)  # they are in a session, at least and at most
 GUESS = {"frame": 2e5, "late": 1e5, "byte": 2.0, "step": 2e4, "gate": 2e5}
 DEALT = ("deal", "shared", "keyed")  # what only the dealer's times in the session tell
 NEAR, FAR = "loopback", "lan"
@@ -68,7 +69,7 @@ def calibrate(config: MPC, progress: Progress) -> dict[str, Json]:
     rings = {}
     for k, ring_bits in enumerate(RINGS):
         narrow = SMALL if ring_bits < 64 else {}
-        here = MPC(ring_bits=ring_bits, threads=config.threads, port=config.port, **narrow)  # type: ignore[arg-type]
+        here = MPC(ring_bits=ring_bits, threads=config.threads, **narrow)  # type: ignore[arg-type]
 
         def done(what: str, parts: int, k: int = k) -> None:
             progress(what, 3 * k + parts, 3 * len(RINGS))
@@ -91,7 +92,7 @@ def measured(config: MPC, done: Callable[[str, int], None]) -> Units:
     schedule = compile_program(program, config)
     units: dict[str, Any] = {**GUESS, **dict.fromkeys((*DEALT, "bulk"), 0.0), **found}
     guess = Profile(**units, host=_host(threads_of(config)))
-    known = dealt(fitted(guess, schedule, times), schedule, times)
+    known = fitted(dealt(guess, schedule, times), schedule, times)
     return ahead(known, schedule, offline).units
 
 
@@ -351,7 +352,8 @@ def fitted(guess: Profile, schedule: Schedule, times: Times) -> Profile:
         return found
 
     start = np.log([*(GUESS[unit] for unit in SESSION), 1.0])
-    return profile(least_squares(residuals, start, bounds=(np.log(1e-3), np.log(1e8))).x)
+    low, high = zip(*[(1e-3, 1e8)] * len(SESSION), SLOWER, strict=True)
+    return profile(least_squares(residuals, start, bounds=(np.log(low), np.log(high))).x)
 
 
 def ahead(guess: Profile, schedule: Schedule, whole: Whole) -> Profile:

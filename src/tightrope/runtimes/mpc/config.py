@@ -150,7 +150,7 @@ class MPC:
         return Pricing(config, shipped() if profile is None else profile)
 
     def calibrate(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Json]:
-        """Measure this machine, in a minute: a `profile` for `pricing`, as JSON, for both rings."""
+        """Measure this machine, in minutes: a `profile` for `pricing`, as JSON, for both rings."""
         from tightrope.runtimes.mpc.calibrate import calibrate
 
         return calibrate(self, progress)

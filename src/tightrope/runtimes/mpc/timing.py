@@ -95,18 +95,23 @@ class Profile:
 
     @classmethod
     def read(cls, body: Json, ring_bits: int, where: str) -> Profile:
-        """From what `MPC.calibrate` makes: {"host", "rings": {bits: units}}. Raises InputError else."""
+        """From what `MPC.calibrate` makes: {"host", "rings": {bits: units}}. Raises InputError else.
+
+        Earlier profiles, those in bundles too, have no `bulk`: a byte was a byte.
+        """
         try:
             host, rings = body["host"], body["rings"]
-            units = rings[str(ring_bits)]
-            fits = isinstance(host, dict) and units.keys() == set(UNITS)
+            units = {"bulk": rings[str(ring_bits)]["byte"], **rings[str(ring_bits)]}
+            wrong = sorted(units.keys() ^ set(UNITS))
+            fits = isinstance(host, dict) and not wrong
             larger = ring_bits == HALF_BITS and "64" in rings
         except (TypeError, KeyError, AttributeError):
-            fits = False
+            fits, wrong = False, []
         if not fits:
             raise InputError(
                 f"not a profile of a ring of {ring_bits} bits",
                 where=where,
+                got=f"missing or unknown: {', '.join(wrong)}" if wrong else None,
                 allowed=", ".join(UNITS),
                 fix="tightrope calibrate",
             )
