@@ -6,9 +6,8 @@ One supernet of the space `fashion` (default recipes); estimators on 100 held-ou
 between the smallest and the largest network, the best of five candidates is fine-tuned beside ten random
 networks that cost as much (between 90 % of the limit and the limit), all by one recipe on 10,000 training
 images with the largest network as teacher. Accuracies are of the test split, read once per network, at the
-end. FOLDER (runs/bench-binas) keeps everything: a run that has ended, if changed
-or asked again, does what is missing and adds its minutes. `--reduced` trains for
-minutes only and shows that it works; its rows are not written.
+end. FOLDER (runs/bench-binas) keeps everything: the same call goes on, does what is missing and adds
+its minutes. `--reduced` trains for minutes only and shows that it works; its rows are not written.
 """
 
 from __future__ import annotations
@@ -77,9 +76,10 @@ class Tuned:
 def at_limit(table: Any, limit: float, generator: np.random.Generator) -> list[Choice]:
     """Random networks that cost about as much as is allowed."""
     found: list[Choice] = []
+    fit = table.calibration(SPACE)
     while len(found) < RANDOM:
         choice = SPACE.random(generator)
-        if 0.9 * limit <= table.predict(SPACE, choice) <= limit:
+        if 0.9 * limit <= fit.intercept_ms + fit.slope * table.raw(SPACE, choice) <= limit:
             found.append(choice)
     return found
 
