@@ -188,7 +188,7 @@ PRESETS = {
     for space in (
         _published("imagenet", 224, 1000),
         Space("cifar", (3, 32, 32), 10, 16, 1, 8, _CIFAR, last=192, head=256),
-        # Narrow, so that what is chosen matters: with twice the channels all networks are as good.
+        # Narrow, so that what is chosen matters: networks of twice the channels hardly differ.
         Space("fashion", (1, 28, 28), 10, 8, 2, 4, _FASHION, last=96, head=128, expansions=(1, 3, 6)),
     )
 }
