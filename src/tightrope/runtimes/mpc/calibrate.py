@@ -348,8 +348,7 @@ def fitted(guess: Profile, schedule: Schedule, times: Times) -> Profile:
         for (network, batch), spent in times.items():
             size, link = partial(frame_bytes, batch=batch), Network.parse(network)
             predicted = groups(online_ms(schedule.steps, batch, size, profile(logarithms), link))
-            usual = [g for g in spent if (network, g) != (FAR, "l")]  # there layers wait less than gates do
-            found += [float(np.log(predicted[g] / spent[g].online_ms)) for g in usual]
+            found += [float(np.log(predicted[group] / spent[group].online_ms)) for group in spent]
         return found
 
     start = np.log([*(GUESS[unit] for unit in SESSION), 1.0])
