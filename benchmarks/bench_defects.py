@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--donor-epochs", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=100, help="of fine-tuning, for every student")
+    parser.add_argument("--epochs", type=int, default=30, help="of fine-tuning, for every student")
     parser.add_argument("--test", type=int, default=300, help="test images that are attacked")
     parser.add_argument("--removed", type=float, default=0.6)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_defects"))
