@@ -76,10 +76,9 @@ class Tuned:
 def at_limit(table: Any, limit: float, generator: np.random.Generator) -> list[Choice]:
     """Random networks that cost about as much as is allowed."""
     found: list[Choice] = []
-    fit = table.calibration(SPACE)
     while len(found) < RANDOM:
         choice = SPACE.random(generator)
-        if 0.9 * limit <= fit.intercept_ms + fit.slope * table.raw(SPACE, choice) <= limit:
+        if 0.9 * limit <= table.predict(SPACE, choice) <= limit:
             found.append(choice)
     return found
 

@@ -109,8 +109,18 @@ class LatencyTable:
         """Of the whole networks, in their order; ms per image."""
         return np.array([least(found) for found in self.networks_ms.values()]) / self.conditions.batch
 
+    @cached_property
+    def _fits(self) -> dict[str, Calibration]:
+        return {}
+
     def calibration(self, space: Space) -> Calibration:
-        """Least squares of the relative errors of the fitted networks."""
+        """Least squares of the relative errors of the fitted networks; computed once."""
+        key = space.sha256()
+        if key not in self._fits:
+            self._fits[key] = self._fit(space)
+        return self._fits[key]
+
+    def _fit(self, space: Space) -> Calibration:
         raw, measured = np.array([self.raw(space, c) for c in self.choices(space)]), self.measured
         n = self.fitted
         design = np.stack([raw, np.ones_like(raw)], 1) / measured[:, None]
