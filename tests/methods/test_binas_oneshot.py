@@ -188,6 +188,9 @@ def test_what_cannot_be_trained_or_loaded_is_refused(tmp_path: Path) -> None:
     for share in (0, 1.5):
         with pytest.raises(InputError, match="rank"):
             OneShot(ranking=share)
+    for share in (-0.1, 1):
+        with pytest.raises(InputError, match="largest"):
+            OneShot(largest=share)
     supernet = Supernet(SPACE, "shared")
     save(supernet, tmp_path / "own.safetensors")
     assert load(tmp_path / "own.safetensors", SPACE).norms == "shared"

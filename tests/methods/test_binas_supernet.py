@@ -125,6 +125,21 @@ def test_drawn_paths_are_balanced_and_cover_every_decision():
     assert {option for options in seen for option in options} == set(range(8))
 
 
+def test_a_share_of_a_training_batch_goes_through_the_largest_network() -> None:
+    paths, most = random_paths(SPACE, 80, largest=0.25), same_path(SPACE, SPACE.largest(), 20)
+    assert torch.equal(paths.depths[:20], most.depths) and torch.equal(paths.options[:20], most.options)
+    assert (paths[slice(20, None)].options.unique(dim=0)).shape[0] > 20
+    assert len(random_paths(SPACE, 3, largest=0.125)) == 3  # rounds to none
+    supernet = random_supernet().train()
+    supernet.largest = 1.0
+    torch.manual_seed(0)
+    mixed, x = [], images(SPACE, 6)
+    for _ in range(2):  # running statistics change, those of the batch do not
+        mixed.append(supernet(x))
+    assert torch.equal(*mixed)
+    assert not torch.equal(supernet.eval()(x), supernet(x))  # judged on random networks
+
+
 def test_private_norms_see_the_samples_of_their_path_alone():
     """Gradients and statistics of a path that nobody takes stay untouched; with shared norms there is one."""
     supernet = random_supernet(norms="path").train()

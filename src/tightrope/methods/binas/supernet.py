@@ -138,7 +138,12 @@ class ElasticStage(nn.Module):
 
 
 class Supernet(nn.Module):
-    """Its modules bear the names of those of a `MobileNet` of the space, block by block."""
+    """Its modules bear the names of those of a `MobileNet` of the space, block by block.
+
+    `largest` may be set: the share of a training batch that goes through the largest network.
+    """
+
+    largest = 0.0
 
     def __init__(self, space: Space, norms: Norms = "path") -> None:
         super().__init__()
@@ -160,7 +165,7 @@ class Supernet(nn.Module):
     def forward(self, x: Tensor, paths: Paths | None = None) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W); without `paths` every sample's network is random."""
         if paths is None:
-            paths = random_paths(self.space, len(x))
+            paths = random_paths(self.space, len(x), largest=self.largest if self.training else 0.0)
         paths = paths.to(x.device)
         x = self.blocks[0](self.act1(self.bn1(self.conv_stem(x))))
         start = 0
