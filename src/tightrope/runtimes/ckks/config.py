@@ -25,6 +25,7 @@ from tightrope.types import Cost, Json, Merge
 if TYPE_CHECKING:
     from tightrope.runtimes.ckks.execute import CKKSSession
     from tightrope.runtimes.ckks.predicting import Predicted
+    from tightrope.runtimes.ckks.seal import CrosscheckSession
     from tightrope.runtimes.ckks.session import SimulatedSession
 
 
@@ -167,9 +168,10 @@ class CKKS:
         return predict(program, self, batch)
 
     def open(
-        self, program: Program, mode: Literal["simulate", "execute"] = "execute"
-    ) -> CKKSSession | SimulatedSession:
-        """Start the server and make keys (`execute`), or run on simulated ciphertexts (`simulate`).
+        self, program: Program, mode: Literal["simulate", "execute", "crosscheck"] = "execute"
+    ) -> CKKSSession | SimulatedSession | CrosscheckSession:
+        """Start the server and make keys (`execute`), run on simulated ciphertexts (`simulate`), or let a
+        second library, Microsoft SEAL, compute a shallow network in this process (`crosscheck`).
 
         Raises TraceError or InputError if the program cannot be executed, needs more levels than a secure
         ring has, or more memory than allowed; ProtocolError if the server fails.

@@ -31,9 +31,11 @@ KEY_COPIES = 3.2  # of the keys, while the server reads them: the mapped file, a
 WORKING_CIPHERTEXTS = 40  # per image in work: hoisted decompositions and results of the largest step
 MAKER_COPIES = 3.2  # of bootstrapping's keys, in the process that makes them
 GARBAGE = 1.4  # how far the server's heap grows beyond the keys
-# With bootstraps, of all that the library has in use, what an image in work takes included: a ResNet-20 with
-# bootstraps to 5 levels took 1.36 times that. A tenth more is for what differs from one run to another.
-BOOT_GARBAGE = 1.5
+# With bootstraps, of all that the library has in use, what an image in work takes included: how far its heap
+# may grow before it is collected eagerly, and what is estimated above that. The heap grows into whatever its
+# limit leaves: where the limit was the estimate, raising the estimate by a tenth raised what was measured.
+BOOT_GARBAGE = 1.36
+RESERVE = 1.1
 PROCESS_BYTES = 350 << 20  # an interpreter with torch and a library, for each of client and server
 
 
@@ -43,7 +45,7 @@ class Estimate:
     of the ops `bootstrapped`.
 
     Peak memory: of the client, of the process that makes its bootstrapping keys and is gone before the server
-    works, and of the server.
+    works, and of the server. `limit_bytes`: what the server's library is told to stay near.
     """
 
     parameters: Parameters
@@ -55,6 +57,7 @@ class Estimate:
     client_bytes: int
     maker_bytes: int
     server_bytes: int
+    limit_bytes: int
     setup_ms: float
     image_ms: float
 
@@ -87,11 +90,12 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
     rows = parameters.levels + 1 + len(parameters.p_bits)
     working = threads * int(WORKING_CIPHERTEXTS * top + encoded * rows * (8 << parameters.log_n))
     boot = boot_key_size(circuit)
-    library = GARBAGE * key_bytes + working
+    library, reserve = GARBAGE * key_bytes + working, 1.0
     if boot:
+        reserve = RESERVE
         library = BOOT_GARBAGE * (key_bytes + boot + _boot_bytes(circuit, threads) + working)
     loading = max(KEY_COPIES * key_bytes, key_bytes + KEY_COPIES * boot)
-    serving = int(max(loading, library + 2 * kept))
+    serving, limit = (int(max(loading, share * library + 2 * kept)) for share in (reserve, 1.0))
     return Estimate(
         parameters=parameters,
         keys=keys,
@@ -102,6 +106,7 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
         maker_bytes=PROCESS_BYTES + int(MAKER_COPIES * boot) if boot else 0,
         server_bytes=PROCESS_BYTES + serving,
+        limit_bytes=PROCESS_BYTES + limit,
         setup_ms=key_bytes * KEY_MS + boot * BOOT_KEY_MS,
         image_ms=sum(steps_ms(circuit).values()),
     )

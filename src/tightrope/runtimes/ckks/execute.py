@@ -72,7 +72,7 @@ class CKKSSession(Books):
         start = time.perf_counter()
         self._inspection = Inspection(circuit) if config.inspect else None
         own, other = make_identity("client"), make_identity("server")
-        limit = cost.estimate(circuit, config.threads).server_bytes
+        limit = cost.estimate(circuit, config.threads).limit_bytes
         self._process, errors = _start(program, config, circuit.parameters, own, other, limit)
         self._errors = errors
         self._end = weakref.finalize(self, _kill, self._process, errors)

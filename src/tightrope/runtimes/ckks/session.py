@@ -23,21 +23,24 @@ from tightrope.runtimes.ckks.circuit import Circuit
 from tightrope.runtimes.ckks.compiler import compile_program
 from tightrope.runtimes.ckks.evaluate import evaluate
 from tightrope.runtimes.ckks.execute import CKKSSession
+from tightrope.runtimes.ckks.seal import CrosscheckSession
 from tightrope.runtimes.ckks.simulated import Simulator
 from tightrope.types import Measurement
 
 if TYPE_CHECKING:
     from tightrope.runtimes.ckks.config import CKKS
 
-MODES = ("simulate", "execute")
+MODES = ("simulate", "execute", "crosscheck")
 
 
-def open_session(program: Program, config: CKKS, mode: str) -> CKKSSession | SimulatedSession:
+def open_session(
+    program: Program, config: CKKS, mode: str
+) -> CKKSSession | SimulatedSession | CrosscheckSession:
     """See `CKKS.open`."""
     if mode not in MODES:
         raise InputError("unknown mode", where="ckks", got=mode, allowed=MODES)
     circuit = compile_program(
-        program if mode == "simulate" or config.inspect else program.public(),
+        program if mode != "execute" or config.inspect else program.public(),
         config.parameters,
         config.squares,
     )
@@ -53,12 +56,16 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def begin(program: Program, config: CKKS, circuit: Circuit, mode: str) -> CKKSSession | SimulatedSession:
+def begin(
+    program: Program, config: CKKS, circuit: Circuit, mode: str
+) -> CKKSSession | SimulatedSession | CrosscheckSession:
     """A session of a compiled circuit. The client's has no weights in it, unless it inspects every step."""
     estimate = cost.estimate(circuit, config.threads)
     print(f"ckks: {estimate}", file=sys.stderr)
     if mode == "simulate":
         return SimulatedSession(program, config, circuit)
+    if mode == "crosscheck":
+        return CrosscheckSession(program, config, circuit)
     memory.check(program, config, circuit, estimate)
     return CKKSSession(program, config, circuit)
 
