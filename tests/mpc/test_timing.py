@@ -16,7 +16,7 @@ from tightrope.errors import InputError
 from tightrope.lower import lower
 from tightrope.nn import BlockReLU
 from tightrope.program import Program, Relu
-from tightrope.runtimes.mpc import MPC, compile_program, costs
+from tightrope.runtimes.mpc import MPC, compile_program, costs, rehearsal
 from tightrope.runtimes.mpc import calibrate as calibration
 from tightrope.runtimes.mpc.network import NETWORKS as LINKS
 from tightrope.runtimes.mpc.network import Network
@@ -261,10 +261,10 @@ def made_up(truth: Profile, alone: Profile, schedule) -> dict[tuple[str, int], d
 
 def test_a_fit_finds_the_profile_that_made_the_times() -> None:
     truth = replace(
-        Profile.read(shipped(), 64, "here"), frame=90e3, late=40e3, byte=1.7, bulk=1.1, step=25e3,
-        gate=210e3, deal=60e3, shared=3.0, keyed=20.0,
+        Profile.read(shipped(), 64, "here"), frame=90e3, late=40e3, run=310e3, byte=1.7, bulk=1.1,
+        step=25e3, group=400.0, gate=210e3, deal=60e3, shared=3.0, keyed=20.0,
     )  # fmt: skip
-    schedule = compile_program(calibration.session_program(), MPC())
+    schedule = compile_program(rehearsal.session_program(), MPC())
     loops = {unit: getattr(truth, unit) / 1.4 for unit in calibration.LOOPS}
     alone = replace(truth, **loops)
     times = made_up(truth, alone, schedule)
@@ -282,6 +282,7 @@ def test_a_fit_finds_the_profile_that_made_the_times() -> None:
 @pytest.mark.slow
 def test_calibration_measures_every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "REPEATS", 3)
+    monkeypatch.setattr(calibration, "RUNS", 6)
     monkeypatch.setattr(calibration, "CACHES_BYTES", 1 << 20)
     seen: list[int] = []
     whole = MPC().calibrate(lambda what, done, of: seen.append(done))

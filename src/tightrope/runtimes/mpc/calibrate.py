@@ -25,13 +25,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
-from tightrope.program import Add, Conv2d, Program, Relu
+from tightrope.program import Conv2d, Program, Relu
 from tightrope.runtimes.mpc import fss, gates
 from tightrope.runtimes.mpc.config import MPC, RINGS
 from tightrope.runtimes.mpc.cost import frame_bytes
 from tightrope.runtimes.mpc.fixed import INTEGERS, multiply
 from tightrope.runtimes.mpc.network import Network
 from tightrope.runtimes.mpc.prg import SEED_BYTES, SESSION_BYTES, Stream, Streams
+from tightrope.runtimes.mpc.rehearsal import conv, session_program
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
 from tightrope.runtimes.mpc.steps import Gate, Multiply, Piece, Wire
 from tightrope.runtimes.mpc.team import threads_of
@@ -39,21 +40,20 @@ from tightrope.runtimes.mpc.timing import Profile, offline_ms, online_ms
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.types import Cost, Json, Measurement
 
-LAYERS = ("mac", "row", "gathered")
-SESSION = ("frame", "late", "byte", "step", "gate")
+LAYERS = ("mac", "row", "gathered", "group")
+SESSION = ("frame", "late", "run", "byte", "step", "gate")
 LOOPS = (*LAYERS, "element", "drawn", "opened", "selected", "compared", "level", "shared", "keyed")
 SLOWER = (0.2, 10.0)  # they are in a session, at least and at most
-GUESS = {"frame": 2e5, "late": 1e5, "byte": 2.0, "step": 2e4, "gate": 2e5}
+GUESS = {"frame": 2e5, "late": 1e5, "run": 3e5, "byte": 2.0, "step": 2e4, "gate": 2e5}
 DEALT = ("deal", "shared", "keyed")  # what only the dealer's times in the session tell
 NEAR, FAR = "loopback", "lan"
 CASES = ((NEAR, 1), (NEAR, 4), (NEAR, 16), (FAR, 1), (FAR, 4))  # networks and batches
 WIDTHS = (12, 16, 20, 24, 28, 32)  # bits of comparisons
-LINKS = 6  # of each kind in the session's program
 REPEATS = 60
+RUNS = 36  # of every case
 ROUNDS = 6  # over the sessions: a machine may be slower for seconds
 CACHES_BYTES = 1 << 26  # more than caches hold
 MIDDLE = 0.5  # the share of the repetitions, neither the fastest nor the slowest, that counts as usual
-RANGE = 8.0  # of every value of the session's program
 SMALL = {"fraction_bits": 11, "weight_bits": 11, "margin": 2.0}  # what the small ring has room for
 Progress = Callable[[str, int, int], None]
 Units = dict[str, float]
@@ -79,21 +79,33 @@ def calibrate(config: MPC, progress: Progress) -> dict[str, Json]:
 
 
 def measured(config: MPC, done: Callable[[str, int], None]) -> Units:
-    """The units of a `Profile` in one ring."""
-    with _torch_threads(threads_of(config)):
-        done("loops", 0)
-        found = _layers(config.ring_bits) | _elements(config.ring_bits)
-        done("loops", 1)
-        found |= _gates(config)
-    done("session", 2)
+    """The units of a `Profile` in one ring. A machine may be slower for a minute: loops are measured before
+    and after the sessions, and the faster ones count."""
     program = session_program()
-    times, offline = _session(config, program)
-    done("session", 3)
     schedule = compile_program(program, config)
-    units: dict[str, Any] = {**GUESS, **dict.fromkeys((*DEALT, "bulk"), 0.0), **found}
-    guess = Profile(**units, host=_host(threads_of(config)))
+    done("loops", 0)
+    before = _loops(config)
+    done("session", 1)
+    times, offline = _session(config, program)
+    done("loops", 2)
+    guess = min(before, _loops(config), key=partial(_alone_ns, schedule))
+    done("loops", 3)
     known = fitted(dealt(guess, schedule, times), schedule, times)
     return ahead(known, schedule, offline).units
+
+
+def _alone_ns(schedule: Schedule, profile: Profile) -> float:
+    """Of all that the parties compute for a sample, one after the other."""
+    parts = (part for step in schedule.steps for part in ONLINE[type(step)](step, 1))
+    return sum(profile.ns(work) for part in parts for work in part.values())
+
+
+def _loops(config: MPC) -> Profile:
+    threads = threads_of(config)
+    with _torch_threads(threads):
+        found = _layers(config.ring_bits) | _elements(config.ring_bits) | _gates(config)
+    units: dict[str, Any] = {**GUESS, **dict.fromkeys((*DEALT, "bulk"), 0.0), **found}
+    return Profile(**units, host=_host(threads))
 
 
 @contextmanager
@@ -123,15 +135,6 @@ def _cold(loop: Loop, make: Callable[[], Inputs]) -> float:
     return float(np.quantile(times, 0.25))
 
 
-def _conv(
-    i: int, o: int, k: int, n: int, groups: int = 1, name: str = "conv", source: str = "input"
-) -> Conv2d:
-    return Conv2d(
-        name=name, inputs=(source,), shape=(o, n, n), kernel=(k, k), padding=(k // 2,) * 4, in_channels=i,
-        groups=groups,
-    )  # fmt: skip
-
-
 def _wire(shape: tuple[int, ...], scale: int, ring_bits: int) -> Wire:
     return Wire("", shape, scale, 1.0, 1.0, static=True, ring_bits=ring_bits)
 
@@ -142,10 +145,11 @@ def _random(shape: tuple[int, ...], ring_bits: int) -> torch.Tensor:
 
 
 def _layers(ring_bits: int) -> dict[str, float]:
-    """Products, their rows, collected values: the best fit of relative errors to layers of many shapes."""
+    """Products, their rows, collected values, groups: the best fit of relative errors to many shapes."""
     shapes = (
-        _conv(16, 16, 3, 28), _conv(32, 32, 3, 14), _conv(64, 64, 3, 7), _conv(64, 64, 1, 14),
-        _conv(128, 128, 3, 4), _conv(64, 64, 3, 28), _conv(16, 16, 3, 28, groups=16),
+        conv(16, 16, 3, 28), conv(32, 32, 3, 14), conv(64, 64, 3, 7), conv(64, 64, 1, 14),
+        conv(128, 128, 3, 4), conv(64, 64, 3, 28), conv(16, 16, 3, 28, groups=16),
+        conv(64, 64, 3, 7, groups=64), conv(8, 8, 1, 14),
     )  # fmt: skip
     rows = []
     for op in shapes:
@@ -160,7 +164,7 @@ def _layers(ring_bits: int) -> dict[str, float]:
             output=_wire(op.shape, 0, ring_bits), weight_bits=22,
         )  # fmt: skip
         work = ONLINE[Multiply](step, 1)[0]["server"]
-        rows.append([work[unit] / spent for unit in LAYERS])
+        rows.append([work.get(unit, 0.0) / spent for unit in LAYERS])
     found = nnls(np.array(rows), np.ones(len(rows)))[0]
     return dict(zip(LAYERS, found.tolist(), strict=True))
 
@@ -236,38 +240,6 @@ def _comparison(stream: Stream, bits: int, threads: int, count: int = 1 << 13) -
     return _cold(evaluate, key) / count
 
 
-def session_program() -> Program:
-    """Layers after layers, layers after ReLUs of small and of larger tiles, and additions: groups of ops by
-    their first letter."""
-    channels, n = 8, 14
-    ops: list[Any] = []
-    last = Program.INPUT
-    for k in range(LINKS):
-        ops.append(_conv(channels, channels, 1, n, name=f"linear{k}", source=last))
-        last = ops[-1].name
-    for group, patch in (("gate", (2, 2)), ("relu", (1, 1))):
-        for k in range(LINKS):
-            relu = Relu(
-                name=f"{group}{k}", inputs=(last,), shape=(channels, n, n), patches=(patch,) * channels
-            )
-            ops += [relu, _conv(channels, channels, 1, n, name=f"{group}_conv{k}", source=relu.name)]
-            last = ops[-1].name
-    ops.append(replace(relu, name="relu_last", inputs=(last,)))
-    last = "relu_last"
-    for k in range(4 * LINKS):
-        ops.append(Add(name=f"add{k}", inputs=(last, last), shape=(channels, n, n)))
-        last = ops[-1].name
-    generator = np.random.default_rng(0)
-    tensors = {}
-    for op in ops:
-        if isinstance(op, Conv2d):
-            tensors[f"{op.name}.weight"] = generator.standard_normal(op.weight_shape) / channels
-            tensors[f"{op.name}.bias"] = np.zeros(channels)
-    names = [Program.INPUT, *(op.name for op in ops)]
-    ranges = dict.fromkeys([*names, *(f"{name}:tiles" for name in names)], RANGE)
-    return Program(tuple(ops), (channels, n, n), last, tensors, ranges)
-
-
 def _session(config: MPC, program: Program) -> tuple[Times, Whole]:
     """What the parties usually took, by case and group; offline the dealer. All cases take turns."""
     with ExitStack() as stack:
@@ -280,9 +252,7 @@ def _session(config: MPC, program: Program) -> tuple[Times, Whole]:
             for network, batch in CASES:
                 x = np.zeros((batch, *program.input_shape))
                 sessions[network].run(x)
-                runs[network, batch] += [
-                    sessions[network].run(x)[1] for _ in range(max(1, REPEATS // ROUNDS))
-                ]
+                runs[network, batch] += [sessions[network].run(x)[1] for _ in range(max(1, RUNS // ROUNDS))]
     times = {}
     for case, found in runs.items():
         online, dealer = _usual(found), groups(_fastest_ops(found))

@@ -28,6 +28,7 @@ class ShapedLink:
         self._network = network
         self._queue: SimpleQueue[tuple[float, Piece] | threading.Event | None] = SimpleQueue()
         self._lock = threading.Lock()
+        self._pending = 0  # pieces that the thread has not passed on
         self._free_s = 0.0  # when the line has taken all that was sent
         self._failure: str | None = None
         self._closed = threading.Event()
@@ -41,16 +42,20 @@ class ShapedLink:
                 size = sum(view.nbytes for view in piece)
                 start_s = max(self._free_s, time.monotonic())
                 self._free_s = start_s + size * self._network.ns_per_byte / 1e9
+                self._pending += 1
                 self._queue.put((self._free_s + self._network.delay_s, piece))
 
     def recv_into(self, target: memoryview, silence_s: float | None = None) -> None:
         self._link.recv_into(target, silence_s)
 
     def flush(self) -> None:
-        done = threading.Event()
-        self._queue.put(done)
-        if not done.wait(STEP_S):
-            raise LinkError(f"frames still unsent after {STEP_S:g} s")
+        with self._lock:
+            waiting = self._pending > 0
+        if waiting:  # waking the thread takes longer than some steps
+            done = threading.Event()
+            self._queue.put(done)
+            if not done.wait(STEP_S):
+                raise LinkError(f"frames still unsent after {STEP_S:g} s")
         self._check()
         self._link.flush()
 
@@ -71,16 +76,21 @@ class ShapedLink:
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()
-            elif self._failure is None:
-                due_s, piece = item
-                self._closed.wait(max(0.0, due_s - time.monotonic()))
-                if self._closed.is_set():
-                    self._failure = "closed on this side"
-                    continue
-                try:
-                    self._link.send(piece)
-                except LinkError as error:
-                    self._failure = str(error)
+                continue
+            if self._failure is None:
+                self._deliver(*item)
+            with self._lock:
+                self._pending -= 1
+
+    def _deliver(self, due_s: float, piece: Piece) -> None:
+        self._closed.wait(max(0.0, due_s - time.monotonic()))
+        if self._closed.is_set():
+            self._failure = "closed on this side"
+            return
+        try:
+            self._link.send(piece)
+        except LinkError as error:
+            self._failure = str(error)
 
 
 def _pieces(parts: list[memoryview], most_bytes: int) -> Iterator[Piece]:

@@ -69,6 +69,7 @@ def _product_of_layer(step: Multiply, batch: int) -> dict[str, float]:
     if isinstance(kernel, Conv2d):
         work["row"] = batch * math.prod(kernel.weight_shape)
         work["gathered"] = macs / kernel.weight_shape[0] * kernel.groups
+        work["group"] = float(batch * kernel.groups)
     return work
 
 
