@@ -261,7 +261,7 @@ def made_up(truth: Profile, alone: Profile, schedule) -> dict[tuple[str, int], d
 
 def test_a_fit_finds_the_profile_that_made_the_times() -> None:
     truth = replace(
-        Profile.read(shipped(), 64, "here"), frame=90e3, late=40e3, run=310e3, byte=1.7, bulk=1.1,
+        Profile.read(shipped(), 64, "here"), frame=90e3, late=40e3, byte=1.7, bulk=1.1,
         step=25e3, group=400.0, gate=210e3, deal=60e3, shared=3.0, keyed=20.0,
     )  # fmt: skip
     schedule = compile_program(rehearsal.session_program(), MPC())

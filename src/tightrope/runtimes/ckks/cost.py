@@ -33,9 +33,10 @@ MAKER_COPIES = 3.2  # of bootstrapping's keys, in the process that makes them
 GARBAGE = 1.4  # how far the server's heap grows beyond the keys
 # With bootstraps, of all that the library has in use, what an image in work takes included: how far its heap
 # may grow before it is collected eagerly, and what is estimated above that. The heap grows into whatever its
-# limit leaves: where the limit was the estimate, raising the estimate by a tenth raised what was measured.
-BOOT_GARBAGE = 1.36
-RESERVE = 1.1
+# limit leaves it, and the process takes 1.9 GB beside it: where the limit was the estimate of the whole, a
+# larger estimate only made more be used.
+BOOT_GARBAGE = 1.3
+RESERVE = 1.15
 PROCESS_BYTES = 350 << 20  # an interpreter with torch and a library, for each of client and server
 
 
@@ -45,7 +46,7 @@ class Estimate:
     of the ops `bootstrapped`.
 
     Peak memory: of the client, of the process that makes its bootstrapping keys and is gone before the server
-    works, and of the server. `limit_bytes`: what the server's library is told to stay near.
+    works, and of the server. `limit_bytes`: what the heap of the server's library is told to stay near.
     """
 
     parameters: Parameters
@@ -95,7 +96,7 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         reserve = RESERVE
         library = BOOT_GARBAGE * (key_bytes + boot + _boot_bytes(circuit, threads) + working)
     loading = max(KEY_COPIES * key_bytes, key_bytes + KEY_COPIES * boot)
-    serving, limit = (int(max(loading, share * library + 2 * kept)) for share in (reserve, 1.0))
+    serving = int(max(loading, reserve * library + 2 * kept))
     return Estimate(
         parameters=parameters,
         keys=keys,
@@ -106,7 +107,7 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
         maker_bytes=PROCESS_BYTES + int(MAKER_COPIES * boot) if boot else 0,
         server_bytes=PROCESS_BYTES + serving,
-        limit_bytes=PROCESS_BYTES + limit,
+        limit_bytes=int(library) + kept,
         setup_ms=key_bytes * KEY_MS + boot * BOOT_KEY_MS,
         image_ms=sum(steps_ms(circuit).values()),
     )

@@ -6,6 +6,7 @@ keys and roundings of its own, comes to the same results. Quadratics alone, no b
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from types import ModuleType, TracebackType
@@ -20,7 +21,7 @@ from tightrope.runtimes.ckks import memory
 from tightrope.runtimes.ckks.books import Books
 from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh, Square
 from tightrope.runtimes.ckks.evaluate import evaluate
-from tightrope.types import Measurement
+from tightrope.types import Json, Measurement
 
 if TYPE_CHECKING:
     from tightrope.runtimes.ckks.config import CKKS
@@ -30,14 +31,29 @@ INSTALL = "pip install 'tightrope[crosscheck]'"
 
 
 class CrosscheckSession(Books):
-    """One image at a time, on one core; the client's `setup_links` are those that two parties would have."""
+    """One image at a time, on one core. Bytes of the measurement are those of `execute`, as nothing is sent
+    here; its peak memory is an estimate.
+
+    Raises InputError for a polynomial that is no quadratic, a bootstrap, and keys larger than allowed.
+    """
 
     def __init__(self, program: Program, config: CKKS, circuit: Circuit) -> None:
         super().__init__(program, config, circuit)
-        needed, free = key_bytes(circuit), memory.allowed(config)
+        for step in circuit.steps:
+            if isinstance(step, Composite | Refresh):
+                what = "a bootstrap" if isinstance(step, Refresh) else "a polynomial that is no quadratic"
+                raise InputError(
+                    "crosscheck executes maps and quadratics alone", where=step.ops[-1], got=what,
+                    fix="execute (without --mode)",
+                )  # fmt: skip
+        needed, free = memory_bytes(circuit), memory.allowed(config)
+        print(
+            f"ckks, crosscheck: {len(shifts(circuit)) + 1} keys, memory {needed / 1e9:.2g} GB",
+            file=sys.stderr,
+        )
         if needed > free:
             raise InputError(
-                "the keys need more memory than allowed", where="ckks, crosscheck",
+                "SEAL's keys need more memory than allowed", where="ckks, crosscheck",
                 got=f"{needed / 1e9:.3g} GB", allowed=f"{free / 1e9:.3g} GB", fix="a smaller network",
             )  # fmt: skip
         start = time.perf_counter()
@@ -59,8 +75,13 @@ class CrosscheckSession(Books):
             outputs.append(self.unpacked([self._seal.decrypt(y) for y in outcome.outputs]))
             spent.append(outcome.spent)
         elapsed = (time.perf_counter() - start) * 1e3
-        needed = key_bytes(self.circuit)
-        return np.stack(outputs), self.measured("crosscheck", spent, needed, elapsed, setup_ms=self.setup_ms)
+        own: dict[str, Json] = {
+            "setup_ms": self.setup_ms,
+            "keys": len(shifts(self.circuit)) + 1,
+            "threads": 1,
+        }
+        needed = memory_bytes(self.circuit)
+        return np.stack(outputs), self.measured("crosscheck", spent, needed, elapsed, **own)
 
     def close(self) -> None:
         self._seal = None
@@ -79,13 +100,6 @@ class Seal:
 
     def __init__(self, circuit: Circuit) -> None:
         self._lib = lib = library()
-        for step in circuit.steps:
-            if isinstance(step, Composite | Refresh):
-                what = "a bootstrap" if isinstance(step, Refresh) else "a polynomial that is no quadratic"
-                raise InputError(
-                    "crosscheck executes maps and quadratics alone", where=step.ops[-1], got=what,
-                    fix="execute (without --mode)",
-                )  # fmt: skip
         ring = circuit.parameters
         asked = lib.EncryptionParameters(lib.SCHEME_TYPE.CKKS)
         asked.set_poly_modulus_degree(1 << ring.log_n)
@@ -100,6 +114,7 @@ class Seal:
         keys.create_relin_keys(self._relin)
         keys.create_galois_keys([pow(GENERATOR, k, 2 << ring.log_n) for k in shifts(circuit)], self._galois)
         self._scale, self._slots = 2.0**ring.scale_bits, ring.slots
+        self._primes = [int(prime.value()) for prime in asked.coeff_modulus()]
         self._top = circuit.values[circuit.input].level
         self._encoder, self._evaluator = lib.CKKSEncoder(context), lib.Evaluator(context)
         self._encryptor = lib.Encryptor(context, public)
@@ -123,26 +138,33 @@ class Seal:
         inputs = [self._at(x, step.level) for x in inputs]
         made = []
         for r in range(step.outputs):
-            terms = [
-                self._times(self._turned(x, shift), diagonal)
-                for c, x in enumerate(inputs)
-                if (block := step.blocks.get((r, c))) is not None
-                for shift, diagonal in zip(block.shifts, block.dense(self._slots), strict=True)
-                if diagonal.any()
-            ]
-            if not terms:
-                raise InputError("a map of zeros: nothing is encrypted in its result", where=step.ops[-1])
-            total = terms[0]
-            for term in terms[1:]:
-                self._evaluator.add_inplace(total, term)
-            total = self._rescaled(total)
-            self._evaluator.add_plain_inplace(total, self._encoded(step.bias[r], total))
+            total = None
+            for c, x in enumerate(inputs):
+                if (block := step.blocks.get((r, c))) is None:
+                    continue
+                for shift, diagonal in zip(block.shifts, block.dense(self._slots), strict=True):
+                    # So that what is left after the prime of this level is divided out has the scale itself.
+                    wanted = self._scale * self._primes[step.level] / x.scale
+                    text = self._encoded(diagonal, x, wanted)
+                    if text.is_zero():  # SEAL makes no ciphertext that everybody can read
+                        continue
+                    term = self._lib.Ciphertext()
+                    self._evaluator.multiply_plain(self._turned(x, shift), text, term)
+                    if total is None:
+                        total = term
+                    else:
+                        self._evaluator.add_inplace(total, term)
+            rescaled = self._zero(step.level - 1) if total is None else self._rescaled(total)
+            rescaled.scale = self._scale  # but for the rounding of a float
+            bias = self._encoded(step.bias[r], rescaled, self._scale)
+            self._evaluator.add_plain_inplace(rescaled, bias)
             for k in range(1, step.rotations + 1):
-                self._evaluator.add_inplace(total, self._turned(total, self._slots >> k))
-            made.append(total)
+                self._evaluator.add_inplace(rescaled, self._turned(rescaled, self._slots >> k))
+            made.append(rescaled)
         return made
 
     def square(self, step: Square, inputs: Sequence[Any]) -> list[Any]:
+        """Its scale is off by what the prime is, and the map that follows makes up for it."""
         made = []
         for x in inputs:
             product, short = self._lib.Ciphertext(), self._lib.Ciphertext()
@@ -152,10 +174,10 @@ class Seal:
         return made
 
     def composite(self, step: Composite, inputs: Sequence[Any]) -> list[Any]:
-        raise NotImplementedError
+        raise NotImplementedError  # refused when the session was opened
 
     def refresh(self, step: Refresh, inputs: Sequence[Any]) -> list[Any]:
-        raise NotImplementedError
+        raise NotImplementedError  # the same
 
     def _at(self, ciphertext: Any, level: int) -> Any:
         while self.level(ciphertext) > level:
@@ -165,24 +187,26 @@ class Seal:
         return ciphertext
 
     def _turned(self, ciphertext: Any, shift: int) -> Any:
+        if shift == 0:
+            return ciphertext
         turned = self._lib.Ciphertext()
         self._evaluator.rotate_vector(ciphertext, shift, self._galois, turned)
         return turned
 
-    def _times(self, ciphertext: Any, slots: NDArray[np.float64]) -> Any:
-        product = self._lib.Ciphertext()
-        self._evaluator.multiply_plain(ciphertext, self._encoded(slots, ciphertext), product)
-        return product
+    def _zero(self, level: int) -> Any:
+        made = self._lib.Ciphertext()
+        self._encryptor.encrypt_zero(made)
+        made.scale = self._scale
+        return self._at(made, level)
 
     def _rescaled(self, ciphertext: Any) -> Any:
         made = self._lib.Ciphertext()
         self._evaluator.rescale_to_next(ciphertext, made)
-        made.scale = self._scale  # off by what the prime is: far below what is compared
         return made
 
-    def _encoded(self, slots: NDArray[np.float64], like: Any) -> Any:
+    def _encoded(self, slots: NDArray[np.float64], like: Any, scale: float) -> Any:
         text = self._lib.Plaintext()
-        self._encoder.encode(slots.tolist(), like.parms_id(), self._scale, text)
+        self._encoder.encode(slots.tolist(), like.parms_id(), scale, text)
         return text
 
 
@@ -194,10 +218,13 @@ def shifts(circuit: Circuit) -> set[int]:
     return found - {0}
 
 
-def key_bytes(circuit: Circuit) -> int:
-    """Of all keys: SEAL decomposes into as many parts as there are primes."""
-    primes = circuit.parameters.levels + 1
-    return (len(shifts(circuit)) + 1) * primes * 2 * (primes + 1) * (8 << circuit.parameters.log_n)
+def memory_bytes(circuit: Circuit) -> int:
+    """Of all keys, since SEAL decomposes into as many parts as there are primes, and of the values."""
+    primes, row = circuit.parameters.levels + 1, 8 << circuit.parameters.log_n
+    keys = (len(shifts(circuit)) + 1) * primes * 2 * (primes + 1) * row
+    most = max(value.layout.ciphertexts for value in circuit.values.values())
+    encoded = max((s.encoded for s in circuit.steps if isinstance(s, Affine)), default=0)
+    return keys + (4 * most + 8) * 2 * primes * row + encoded * row // 2
 
 
 def library() -> ModuleType:

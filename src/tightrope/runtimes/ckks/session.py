@@ -60,12 +60,12 @@ def begin(
     program: Program, config: CKKS, circuit: Circuit, mode: str
 ) -> CKKSSession | SimulatedSession | CrosscheckSession:
     """A session of a compiled circuit. The client's has no weights in it, unless it inspects every step."""
+    if mode == "crosscheck":
+        return CrosscheckSession(program, config, circuit)
     estimate = cost.estimate(circuit, config.threads)
     print(f"ckks: {estimate}", file=sys.stderr)
     if mode == "simulate":
         return SimulatedSession(program, config, circuit)
-    if mode == "crosscheck":
-        return CrosscheckSession(program, config, circuit)
     memory.check(program, config, circuit, estimate)
     return CKKSSession(program, config, circuit)
 

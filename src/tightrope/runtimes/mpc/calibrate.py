@@ -41,10 +41,10 @@ from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.types import Cost, Json, Measurement
 
 LAYERS = ("mac", "row", "gathered", "group")
-SESSION = ("frame", "late", "run", "byte", "step", "gate")
+SESSION = ("frame", "late", "byte", "step", "gate")
 LOOPS = (*LAYERS, "element", "drawn", "opened", "selected", "compared", "level", "shared", "keyed")
 SLOWER = (0.2, 10.0)  # they are in a session, at least and at most
-GUESS = {"frame": 2e5, "late": 1e5, "run": 3e5, "byte": 2.0, "step": 2e4, "gate": 2e5}
+GUESS = {"frame": 2e5, "late": 1e5, "byte": 2.0, "step": 2e4, "gate": 2e5}
 DEALT = ("deal", "shared", "keyed")  # what only the dealer's times in the session tell
 NEAR, FAR = "loopback", "lan"
 CASES = ((NEAR, 1), (NEAR, 4), (NEAR, 16), (FAR, 1), (FAR, 4))  # networks and batches

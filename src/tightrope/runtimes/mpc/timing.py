@@ -30,9 +30,7 @@ class Profile:
     """Nanoseconds that a unit of work takes a party, in one ring. `calibrate` measures; `host` says where.
 
     frame: a message's way to the other process, whatever its size; late: what it takes longer over a network
-    than delay and bandwidth say, as timers and idle processors wake late; run: what an online phase takes
-    whatever is computed: parties begin one after the other and find nothing in their caches;
-    byte: of a message, at both ends;
+    than delay and bandwidth say, as timers and idle processors wake late; byte: of a message, at both ends;
     bulk: the same offline, where messages are long and nobody waits for the next one;
     step, gate: the fixed part of a step, of a `Gate`; mac: a multiplication in the ring with its addition;
     row: a weight of a convolution times all that it meets in a sample; gathered: a value that a convolution
@@ -46,7 +44,6 @@ class Profile:
 
     frame: float
     late: float
-    run: float
     byte: float
     bulk: float
     step: float
@@ -85,7 +82,7 @@ class Profile:
     def variable(self) -> Profile:
         """Without what a step takes whatever its size."""
         wider = None if self.wider is None else self.wider.variable
-        return replace(self, frame=0.0, late=0.0, run=0.0, step=0.0, gate=0.0, deal=0.0, wider=wider)
+        return replace(self, frame=0.0, late=0.0, step=0.0, gate=0.0, deal=0.0, wider=wider)
 
     @property
     def cores(self) -> int:
@@ -101,12 +98,11 @@ class Profile:
     def read(cls, body: Json, ring_bits: int, where: str) -> Profile:
         """From what `MPC.calibrate` makes: {"host", "rings": {bits: units}}. Raises InputError else.
 
-        Earlier profiles, those in bundles too, have no `run` and no `group`, and no `bulk`: a byte was a
-        byte.
+        Earlier profiles, those in bundles too, have no `group` and no `bulk`: a byte was a byte.
         """
         try:
             host, rings = body["host"], body["rings"]
-            units = {"run": 0.0, "group": 0.0, "bulk": rings[str(ring_bits)]["byte"], **rings[str(ring_bits)]}
+            units = {"group": 0.0, "bulk": rings[str(ring_bits)]["byte"], **rings[str(ring_bits)]}
             wrong = sorted(units.keys() ^ set(UNITS))
             fits = isinstance(host, dict) and not wrong
             larger = ring_bits == HALF_BITS and "64" in rings
@@ -134,13 +130,9 @@ def shipped() -> Json:
 def online_ms(
     steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network
 ) -> dict[str, float]:
-    """By op, how far each moves the latest of the clocks; the sum is the time of the whole. The last op pays
-    for what a run takes."""
+    """By op, how far each moves the latest of the clocks; the sum is the time of the whole."""
     moves = ((s.op, profile.of(s).ns, ONLINE[type(s)](s, batch), s.online) for s in steps)
-    spent = _passed(moves, size, profile, network)
-    if steps:
-        spent[steps[-1].op] += profile.run / 1e6
-    return spent
+    return _passed(moves, size, profile, network)
 
 
 def offline_ms(
