@@ -3,8 +3,8 @@
     python benchmarks/bench_defects.py                     # an hour on one core; `runs/` keeps what is done
 
 Each of the `--donors`, a ResNet-20 of a quarter of the published widths, has never seen the students'
-classes, and has students of every seed. These have `--images` training images; nothing is selected, and the
-test part is read at the end of each.
+classes, and has students of every seed. These have `--images` training images; no epoch or student is
+selected, and the test part is read at the end of each.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def binas(
     heaviest_epochs: Annotated[float | None, typer.Option(help="Of the largest network alone.")] = None,
     elastic_epochs: Annotated[float | None, typer.Option(help="Of all networks together.")] = None,
     norms: Annotated[str, typer.Option(help="Batch-norm of the supernet: path, or shared.")] = "path",
-    largest: Annotated[float, typer.Option(help="Share of every batch for the largest network.")] = 0.125,
+    largest: Annotated[float, typer.Option(help="Share of a batch for the largest network.")] = 0.0,
     passes: Annotated[int, typer.Option(help="Over the validation images, for every contribution.")] = 60,
     held_out: Annotated[int, typer.Option(help="Networks that estimators are judged on.")] = 100,
     epochs: Annotated[float, typer.Option(help="Of fine-tuning what is found; 0 for none.")] = 3.0,

@@ -46,6 +46,16 @@ def settled(seed: int = 0) -> nn.Module:
     return net
 
 
+def test_a_share_for_the_largest_network_is_part_of_the_run(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, largest=0.25)
+    supernet = train(SPACE, textures(), settings, folder=tmp_path)
+    assert supernet.drawn is None and same(train(SPACE, textures(), settings, folder=tmp_path), supernet)
+    with pytest.raises(BundleError, match="largest"):
+        train(SPACE, textures(), SETTINGS, folder=tmp_path)
+    (tmp_path / "supernet.safetensors").unlink()
+    assert not same(train(SPACE, textures(), SETTINGS, folder=tmp_path), supernet)
+
+
 @pytest.mark.parametrize("norms", ["shared", "path"])
 def test_small_and_large_networks_learn_together(tmp_path: Path, norms: Any) -> None:
     records = list[Record]()
@@ -83,6 +93,9 @@ def test_resumes_to_the_same_losses_and_weights(tmp_path: Path, stop: int) -> No
     folder = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
         train(SPACE, textures(at=interrupt), SETTINGS, folder=folder, log=parts.append)
+    if stop == 23:  # in the elastic phase, whose batches were drawn otherwise
+        with pytest.raises(BundleError, match="another run"):
+            train(SPACE, textures(), replace(SETTINGS, largest=0.25), folder=folder)
     torch.manual_seed(99)
     supernet = train(SPACE, textures(), SETTINGS, folder=folder, log=parts.append)
     assert without_time(parts) == without_time(whole)

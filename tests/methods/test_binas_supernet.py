@@ -18,7 +18,7 @@ from tightrope.methods.binas.extract import extract, inherit
 from tightrope.methods.binas.oneshot import heaviest_network
 from tightrope.methods.binas.paths import Paths, random_paths, same_path
 from tightrope.methods.binas.space import PRESETS, Option, Space, Stage
-from tightrope.methods.binas.supernet import Supernet
+from tightrope.methods.binas.supernet import Supernet, WithLargest
 from tightrope.models.mobilenet import MobileNet
 
 NORMS = ("shared", "path")
@@ -131,7 +131,7 @@ def test_a_share_of_a_training_batch_goes_through_the_largest_network() -> None:
     assert (paths[slice(20, None)].options.unique(dim=0)).shape[0] > 20
     assert len(random_paths(SPACE, 3, largest=0.125)) == 3  # rounds to none
     supernet = random_supernet().train()
-    supernet.largest = 1.0
+    supernet.drawn = WithLargest(SPACE, 1.0)
     torch.manual_seed(0)
     mixed, x = [], images(SPACE, 6)
     for _ in range(2):  # running statistics change, those of the batch do not

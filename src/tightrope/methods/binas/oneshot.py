@@ -26,7 +26,7 @@ from tightrope.methods.binas.extract import inherit
 from tightrope.methods.binas.ranking import importance, reorder
 from tightrope.methods.binas.rows import ANEW
 from tightrope.methods.binas.space import Space
-from tightrope.methods.binas.supernet import Norms, Supernet
+from tightrope.methods.binas.supernet import Norms, Supernet, WithLargest
 from tightrope.models.mobilenet import MobileNet, mobilenet
 from tightrope.recipe import Recipe
 from tightrope.types import Json
@@ -51,8 +51,7 @@ Log = Callable[[dict[str, float | int | str]], None]
 class OneShot:
     """How to train: `Recipe`s of both phases, `norms` of the supernet, the share of the training images that
     ranks channels. `elastic.hints` weighs the sum over the stem and the stages. `largest`: share of every
-    elastic batch that goes through the largest network (the sandwich rule of Yu and Huang, ICCV 2019, by
-    samples; 0 as published): among random networks alone it falls behind middling ones.
+    elastic batch that goes through the largest network (`WithLargest`; 0 as published).
 
     Raises InputError for a share outside (0, 1], for `largest` outside [0, 1).
     """
@@ -61,7 +60,7 @@ class OneShot:
     elastic: Recipe = ELASTIC
     norms: Norms = "path"
     ranking: float = 0.1
-    largest: float = 0.125
+    largest: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.largest < 1:
@@ -115,7 +114,7 @@ def train(
         return _restored(done, space)
     heaviest = _heaviest(space, data, settings, first, folder, log)
     start = inherit(heaviest, space, settings.norms)
-    start.largest = settings.largest
+    start.drawn = WithLargest(space, settings.largest) if settings.largest else None
     supernet = finetune(
         start,
         data,
@@ -126,6 +125,7 @@ def train(
         log=_named(log, "elastic"),
     )
     assert isinstance(supernet, Supernet)
+    supernet.drawn = None
     _save(folder / "supernet.safetensors", space, supernet, {"made": both, "norms": settings.norms})
     (folder / "elastic.part").unlink(missing_ok=True)
     return supernet
@@ -195,6 +195,8 @@ def _finished(path: Path, space: Space, made: Mapping[str, Json]) -> disk.Checkp
     if found is None:
         return None
     before, now = found.progress.get("made", {}), json.loads(json.dumps(made))
+    if "elastic" in before:  # written by an earlier version, which had no such share
+        before = {"largest": 0.0, **before}
     apart = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if apart:
         raise BundleError(

@@ -137,16 +137,32 @@ class ElasticStage(nn.Module):
         return x
 
 
+class WithLargest(nn.Module):
+    """Random paths but for a share, which is the largest network's: one half of the sandwich rule (Yu and
+    Huang, ICCV 2019), by samples.
+    """
+
+    def __init__(self, space: Space, share: float) -> None:
+        super().__init__()
+        self.space, self.share = space, share
+
+    def forward(self, samples: int) -> Paths:
+        return random_paths(self.space, samples, largest=self.share)
+
+    def extra_repr(self) -> str:
+        return f"share={self.share}"
+
+
 class Supernet(nn.Module):
     """Its modules bear the names of those of a `MobileNet` of the space, block by block.
 
-    `largest` may be set: the share of a training batch that goes through the largest network.
+    `drawn` may be set: what draws the paths of a training batch, instead of `random_paths`. It is a module so
+    that whoever keeps the state of a training knows it.
     """
-
-    largest = 0.0
 
     def __init__(self, space: Space, norms: Norms = "path") -> None:
         super().__init__()
+        self.drawn: WithLargest | None = None
         if norms not in ("shared", "path"):
             raise InputError("unknown batch-norm treatment", got=norms, allowed="shared, path")
         self.space, self.norms = space, norms
@@ -165,7 +181,8 @@ class Supernet(nn.Module):
     def forward(self, x: Tensor, paths: Paths | None = None) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W); without `paths` every sample's network is random."""
         if paths is None:
-            paths = random_paths(self.space, len(x), largest=self.largest if self.training else 0.0)
+            draw = self.drawn if self.training else None
+            paths = random_paths(self.space, len(x)) if draw is None else draw(len(x))
         paths = paths.to(x.device)
         x = self.blocks[0](self.act1(self.bn1(self.conv_stem(x))))
         start = 0

@@ -130,15 +130,17 @@ def shipped() -> Json:
 def online_ms(
     steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network
 ) -> dict[str, float]:
-    """By op, how far each moves the latest of the clocks; the sum is the time of the whole."""
+    """By op, how far each moves the client's clock, as a run measures it; the sum is the time of the whole.
+    A layer that the server works on shows where the client waits for it, at the op that follows."""
     moves = ((s.op, profile.of(s).ns, ONLINE[type(s)](s, batch), s.online) for s in steps)
-    return _passed(moves, size, profile, network)
+    return _passed(moves, size, profile, network, ("client",))
 
 
 def offline_ms(
     steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network
 ) -> dict[str, float]:
-    """As `online_ms`; the dealer, who waits for nobody, runs ahead of the others. All three have enough to do
+    """By op, how far each moves the latest of the clocks; the sum is the time of the whole. The dealer, who
+    waits for nobody, runs ahead of the others. All three have enough to do
     to fill a machine with fewer cores: then what they do in all takes longer than any chain of it."""
     busy_ns, profile = 0.0, replace(profile, byte=profile.bulk)
 
@@ -153,14 +155,17 @@ def offline_ms(
             ahead = tuple(m for m in step.offline if m.sender != "dealer")
             yield step.op, ns, (*OFFLINE[type(step)](step, batch), {}), (dealt, ahead)
 
-    spent = _passed(moves(), size, profile, network)
+    spent = _passed(moves(), size, profile, network, ROLES)
     least_ms, whole_ms = busy_ns / profile.cores / 1e6, sum(spent.values())
     stretch = max(1.0, least_ms / whole_ms) if whole_ms else 1.0
     return {op: ms * stretch for op, ms in spent.items()}
 
 
-def _passed(moves: Moves, size: Size, profile: Profile, network: Network) -> dict[str, float]:
-    """Parts and the exchanges between them, in turn. Every link carries one message after the other.
+def _passed(
+    moves: Moves, size: Size, profile: Profile, network: Network, seen: Sequence[Role]
+) -> dict[str, float]:
+    """Parts and the exchanges between them, in turn, by the latest clock of those `seen`. Every link carries
+    one message after the other.
 
     Over a network a message's end, a piece of it at most, is handled when all of it is there.
     """
@@ -173,7 +178,7 @@ def _passed(moves: Moves, size: Size, profile: Profile, network: Network) -> dic
         piece_bytes = network.piece_bytes
     spent: dict[str, float] = {}
     for op, ns, parts, exchanges in moves:
-        before = max(clock.values())
+        before = max(clock[role] for role in seen)
         for part, exchange in zip(parts, (*exchanges, ()), strict=True):
             for role, work in part.items():
                 clock[role] += ns(work)
@@ -183,5 +188,5 @@ def _passed(moves: Moves, size: Size, profile: Profile, network: Network) -> dic
             for m in exchange:
                 end = profile.byte * min(size(m), piece_bytes)
                 clock[m.receiver] = max(clock[m.receiver], left[m.sender, m.receiver] + delay + end)
-        spent[op] = spent.get(op, 0.0) + max(clock.values()) - before
+        spent[op] = spent.get(op, 0.0) + max(clock[role] for role in seen) - before
     return {op: passed / 1e6 for op, passed in spent.items()}

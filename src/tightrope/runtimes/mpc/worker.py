@@ -72,6 +72,18 @@ def tune_process() -> None:
         glibc.mallopt(M_TRIM_THRESHOLD, -1)  # as an unsigned number: never
 
 
+def keep_apart(role: Role) -> None:
+    """Let client and server compute on different halves of the cores: now and then a scheduler puts both on
+    one, while another is idle, for as long as a layer takes. The dealer, and threads that only send, go
+    anywhere.
+    """
+    with suppress(OSError, AttributeError):  # another system
+        cores = sorted(os.sched_getaffinity(0))
+        half = len(cores) // 2
+        if half and role != "dealer":
+            os.sched_setaffinity(0, cores[:half] if role == "client" else cores[half:])
+
+
 def main() -> int:
     """Obey commands until told to close. Exit status 1 after a failure, which is reported first."""
     tune_process()
@@ -135,6 +147,7 @@ def _start(commands: SimpleQueue[Command], replies: Replies) -> Worker:
         channels |= listener.accept(set(ACCEPTS[role]), clock, within_s=CONNECT_S, timeout_s=timeout_s)
         listener.close()
     worker = seat(role, program, schedule, config, session, channels, clock, own.fingerprint)
+    keep_apart(role)
     replies.write({"ready": True})
     return worker
 
