@@ -169,3 +169,18 @@ def test_too_few_levels_in_an_insecure_ring_are_refused_with_both_values(
 ) -> None:
     polynomials(calibrated(PolynomialActivation([[0.2, 0.5, 0.2]], gated=False), layers=5))
     refused(monkeypatch, capsys, "run", searched, *RUN, "--log-n", "14", says="8 levels for N = 2^14")
+
+
+@pytest.mark.slow
+def test_crosscheck_computes_with_the_other_library_and_keeps_no_measurement(
+    polynomials: Any, searched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tenseal")
+    before = len(Bundle.open(searched).measurements())
+    assert call(monkeypatch, "run", searched, *RUN, "--mode", "crosscheck", "--json") == 0
+    captured = capsys.readouterr()
+    assert "ckks, crosscheck" in captured.err
+    body = json.loads(captured.out)
+    assert body["predictions"] == body["plain"] and 0 < body["max_abs_error"] < 1e-3
+    assert body["measurement"]["config"]["mode"] == "crosscheck"
+    assert len(Bundle.open(searched).measurements()) == before
