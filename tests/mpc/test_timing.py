@@ -20,7 +20,7 @@ from tightrope.runtimes.mpc import MPC, compile_program, costs, rehearsal
 from tightrope.runtimes.mpc import calibrate as calibration
 from tightrope.runtimes.mpc.network import NETWORKS as LINKS
 from tightrope.runtimes.mpc.network import Network
-from tightrope.runtimes.mpc.timing import UNITS, Profile, offline_ms, online_ms, shipped
+from tightrope.runtimes.mpc.timing import CLIENT, UNITS, Profile, offline_ms, online_ms, shipped
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.runtimes.plain import ranges
 from tightrope.types import Cost
@@ -76,6 +76,17 @@ def test_units_of_work_are_those_on_the_critical_path() -> None:
     assert ns(compared=1.0) == 20
     assert ns(level=1.0) == 20 * levels
     assert ns(step=1.0) >= 5  # client and server in turn: both openings, both layers, the result
+
+
+def test_a_layer_has_a_price_and_shows_where_the_client_waits_for_it() -> None:
+    """Conv: 54 weights on 16 places, at the ReLU after it; linear: 48 x 5, at the linear, which reveals."""
+    program, pricing = chain(MIXED), priced(mac=1.0)
+    spent = {name: round(cost.online_ms * 1e6) for name, cost in pricing.estimate(program).ops.items()}
+    assert spent == {"0": 0, "1": 54 * 16, "2": 0, "3": 240}
+    alone = {op.name: round(pricing.price(op).online_ms * 1e6) for op in program.ops}
+    assert alone == {"0": 54 * 16, "1": 0, "2": 0, "3": 240}
+    prices = {name: round(cost.online_ms * 1e6) for name, cost in pricing.prices(program).items()}
+    assert prices == alone
 
 
 def test_bytes_take_the_bandwidth_of_their_direction() -> None:
@@ -250,7 +261,9 @@ def made_up(truth: Profile, alone: Profile, schedule) -> dict[tuple[str, int], d
     times = {}
     for link, batch in calibration.CASES:
         size = calibration.partial(calibration.frame_bytes, batch=batch)
-        online = calibration.groups(online_ms(schedule.steps, batch, size, truth, Network.parse(link)))
+        online = calibration.groups(
+            online_ms(schedule.steps, batch, size, truth, Network.parse(link), CLIENT)
+        )
         dealer = dict.fromkeys(online, 0.0)
         for step in schedule.steps:
             for part in OFFLINE[type(step)](step, batch):

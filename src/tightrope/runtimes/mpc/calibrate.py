@@ -36,7 +36,7 @@ from tightrope.runtimes.mpc.rehearsal import conv, session_program
 from tightrope.runtimes.mpc.schedule import Schedule, compile_program
 from tightrope.runtimes.mpc.steps import Gate, Multiply, Piece, Wire
 from tightrope.runtimes.mpc.team import threads_of
-from tightrope.runtimes.mpc.timing import Profile, offline_ms, online_ms
+from tightrope.runtimes.mpc.timing import CLIENT, Profile, offline_ms, online_ms
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.types import Cost, Json, Measurement
 
@@ -317,7 +317,7 @@ def fitted(guess: Profile, schedule: Schedule, times: Times) -> Profile:
         found = []
         for (network, batch), spent in times.items():
             size, link = partial(frame_bytes, batch=batch), Network.parse(network)
-            predicted = groups(online_ms(schedule.steps, batch, size, profile(logarithms), link))
+            predicted = groups(online_ms(schedule.steps, batch, size, profile(logarithms), link, CLIENT))
             found += [float(np.log(predicted[group] / spent[group].online_ms)) for group in spent]
         return found
 

@@ -21,10 +21,11 @@ from tightrope.runtimes.mpc.cost import (
     steps_alone,
     usual_steps,
 )
+from tightrope.runtimes.mpc.keys import ROLES, Role
 from tightrope.runtimes.mpc.network import Network
 from tightrope.runtimes.mpc.schedule import compile_program
 from tightrope.runtimes.mpc.steps import Step
-from tightrope.runtimes.mpc.timing import Profile, Size, offline_ms, online_ms
+from tightrope.runtimes.mpc.timing import CLIENT, Profile, Size, offline_ms, online_ms
 from tightrope.types import Cost, Json, total
 
 
@@ -85,15 +86,21 @@ class Pricing:
         for size in pieces(program, schedule, self.config, batch):
             counted = of_schedule(program, schedule, size)
             size_of = partial(frame_bytes, batch=size)
-            spent = _spent(schedule.steps, size, size_of, self._profile, self._link)
+            spent = _spent(schedule.steps, size, size_of, self._profile, self._link, CLIENT)
             ops = {name: cost + spent.get(name, Cost()) for name, cost in counted.ops.items()}
             parts.append(replace(counted, ops=ops, total=counted.total + total(spent.values())))
         return joined(parts)
 
 
 def _spent(
-    steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network
+    steps: Sequence[Step],
+    batch: int,
+    size: Size,
+    profile: Profile,
+    network: Network,
+    seen: Sequence[Role] = ROLES,
 ) -> dict[str, Cost]:
-    """Milliseconds of both phases, by op."""
-    online, offline = (f(steps, batch, size, profile, network) for f in (online_ms, offline_ms))
+    """Milliseconds of both phases, by op; online as those `seen` spend them."""
+    online = online_ms(steps, batch, size, profile, network, seen)
+    offline = offline_ms(steps, batch, size, profile, network)
     return {op: Cost(online_ms=online[op], offline_ms=offline[op]) for op in online}

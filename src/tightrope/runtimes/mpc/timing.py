@@ -19,6 +19,7 @@ from tightrope.runtimes.mpc.steps import HALF_BITS, Message, Step
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE, Part, Work
 from tightrope.types import Json
 
+CLIENT: Sequence[Role] = ("client",)
 SHIPPED = Path(__file__).parent / "profile.json"
 Size = Callable[[Message], float]  # bytes of a message
 Spent = Callable[[Work], float]  # nanoseconds
@@ -128,12 +129,20 @@ def shipped() -> Json:
 
 
 def online_ms(
-    steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network
+    steps: Sequence[Step],
+    batch: int,
+    size: Size,
+    profile: Profile,
+    network: Network,
+    seen: Sequence[Role] = ROLES,
 ) -> dict[str, float]:
-    """By op, how far each moves the client's clock, as a run measures it; the sum is the time of the whole.
-    A layer that the server works on shows where the client waits for it, at the op that follows."""
+    """By op, how far each moves the latest clock of those `seen`; the sum is the time of the whole.
+
+    A run measures the client's (`CLIENT`): a layer that the server works on shows at the op that follows,
+    where the client waits for it. An op alone has none that follows.
+    """
     moves = ((s.op, profile.of(s).ns, ONLINE[type(s)](s, batch), s.online) for s in steps)
-    return _passed(moves, size, profile, network, ("client",))
+    return _passed(moves, size, profile, network, seen)
 
 
 def offline_ms(
