@@ -268,4 +268,5 @@ def test_the_librarys_heap_is_held_below_what_is_estimated_of_the_server() -> No
     )
     for found in (boots, none):
         assert found.key_bytes + found.boot_key_bytes < found.limit_bytes < found.server_bytes
+        assert found.limit_bytes >= 2 * found.key_bytes  # while it reads them
     assert boots.server_bytes - boots.limit_bytes > 0.1 * boots.server_bytes

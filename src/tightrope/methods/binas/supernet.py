@@ -139,7 +139,7 @@ class ElasticStage(nn.Module):
 
 class WithLargest(nn.Module):
     """Random paths but for a share, which is the largest network's: one half of the sandwich rule (Yu and
-    Huang, ICCV 2019), by samples.
+    Huang, ICCV 2019), by samples. The share is rounded to samples of a batch, of each device's.
     """
 
     def __init__(self, space: Space, share: float) -> None:

@@ -96,6 +96,7 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         reserve = RESERVE
         library = BOOT_GARBAGE * (key_bytes + boot + _boot_bytes(circuit, threads) + working)
     loading = max(KEY_COPIES * key_bytes, key_bytes + KEY_COPIES * boot)
+    mapped = max(key_bytes, boot)  # the file itself is not in the library's heap
     serving = int(max(loading, reserve * library + 2 * kept))
     return Estimate(
         parameters=parameters,
@@ -107,7 +108,7 @@ def estimate(circuit: Circuit, threads: int) -> Estimate:
         client_bytes=PROCESS_BYTES + 6 * parameters.key_bytes + 2 * threads * top,
         maker_bytes=PROCESS_BYTES + int(MAKER_COPIES * boot) if boot else 0,
         server_bytes=PROCESS_BYTES + serving,
-        limit_bytes=int(library) + kept,
+        limit_bytes=int(max(loading - mapped, library + kept)),
         setup_ms=key_bytes * KEY_MS + boot * BOOT_KEY_MS,
         image_ms=sum(steps_ms(circuit).values()),
     )

@@ -20,6 +20,7 @@ from tightrope.program import Program
 from tightrope.runtimes.ckks import memory
 from tightrope.runtimes.ckks.books import Books
 from tightrope.runtimes.ckks.circuit import Affine, Circuit, Composite, Refresh, Square
+from tightrope.runtimes.ckks.cost import PROCESS_BYTES
 from tightrope.runtimes.ckks.evaluate import evaluate
 from tightrope.types import Json, Measurement
 
@@ -219,12 +220,12 @@ def shifts(circuit: Circuit) -> set[int]:
 
 
 def memory_bytes(circuit: Circuit) -> int:
-    """Of all keys, since SEAL decomposes into as many parts as there are primes, and of the values."""
+    """Of this process, all keys (SEAL decomposes into as many parts as there are primes) and the values."""
     primes, row = circuit.parameters.levels + 1, 8 << circuit.parameters.log_n
     keys = (len(shifts(circuit)) + 1) * primes * 2 * (primes + 1) * row
     most = max(value.layout.ciphertexts for value in circuit.values.values())
     encoded = max((s.encoded for s in circuit.steps if isinstance(s, Affine)), default=0)
-    return keys + (4 * most + 8) * 2 * primes * row + encoded * row // 2
+    return PROCESS_BYTES + keys + (4 * most + 8) * 2 * primes * row + encoded * row // 2
 
 
 def library() -> ModuleType:

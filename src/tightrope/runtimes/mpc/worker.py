@@ -72,16 +72,17 @@ def tune_process() -> None:
         glibc.mallopt(M_TRIM_THRESHOLD, -1)  # as an unsigned number: never
 
 
-def keep_apart(role: Role) -> None:
-    """Let client and server compute on different halves of the cores: now and then a scheduler puts both on
-    one, while another is idle, for as long as a layer takes. The dealer, and threads that only send, go
+def keep_apart(role: Role, threads: int) -> None:
+    """On two cores, let client and server compute on one each: now and then a scheduler puts both on one,
+    while the other is idle, for as long as a layer takes. The dealer, and threads that only send, go
     anywhere.
+
+    More cores or threads are left to the scheduler, which then has room.
     """
     with suppress(OSError, AttributeError):  # another system
         cores = sorted(os.sched_getaffinity(0))
-        half = len(cores) // 2
-        if half and role != "dealer":
-            os.sched_setaffinity(0, cores[:half] if role == "client" else cores[half:])
+        if len(cores) == 2 and threads == 1 and role != "dealer":
+            os.sched_setaffinity(0, cores[:1] if role == "client" else cores[1:])
 
 
 def main() -> int:
@@ -147,7 +148,7 @@ def _start(commands: SimpleQueue[Command], replies: Replies) -> Worker:
         channels |= listener.accept(set(ACCEPTS[role]), clock, within_s=CONNECT_S, timeout_s=timeout_s)
         listener.close()
     worker = seat(role, program, schedule, config, session, channels, clock, own.fingerprint)
-    keep_apart(role)
+    keep_apart(role, threads_of(config))
     replies.write({"ready": True})
     return worker
 
