@@ -328,8 +328,8 @@ def run(
     """Execute the frozen network on (N, C, H, W); outputs of the runtime and of `plain`, and the cost.
 
     With `mode="simulate"` the runtime predicts instead, and the bundle keeps no measurement, nor of any mode
-    that a runtime has beside `execute`. `warn` hears
-    what the runtime and `plain` warn of, `progress` how far a session is that can tell.
+    that a runtime has beside `execute`. `warn` hears what the runtime and `plain` warn of, `progress` how far
+    a session is that can tell.
 
     With `config={"reveal": "label"}` the outputs of `mpc` are one-hot vectors.
 

@@ -126,10 +126,10 @@ def test_drawn_paths_are_balanced_and_cover_every_decision():
 
 
 def test_a_share_of_a_training_batch_goes_through_the_largest_network() -> None:
-    paths, most = random_paths(SPACE, 80, largest=0.25), same_path(SPACE, SPACE.largest(), 20)
+    paths, most = WithLargest(SPACE, 0.25)(80), same_path(SPACE, SPACE.largest(), 20)
     assert torch.equal(paths.depths[:20], most.depths) and torch.equal(paths.options[:20], most.options)
     assert (paths[slice(20, None)].options.unique(dim=0)).shape[0] > 20
-    assert len(random_paths(SPACE, 3, largest=0.125)) == 3  # rounds to none
+    assert len(WithLargest(SPACE, 0.125)(3)) == 3  # rounds to none
     supernet = random_supernet().train()
     supernet.drawn = WithLargest(SPACE, 1.0)
     torch.manual_seed(0)

@@ -31,15 +31,10 @@ class Paths:
         return Paths(self.depths[samples], self.options[samples])
 
 
-def random_paths(
-    space: Space, samples: int, generator: torch.Generator | None = None, *, largest: float = 0.0
-) -> Paths:
+def random_paths(space: Space, samples: int, generator: torch.Generator | None = None) -> Paths:
     """Every decision uniform by itself, as `Space.random` draws them, and balanced: over the samples, the
-    values of one decision occur equally often, up to one. `generator` None: torch's own. Of the samples, the
-    share `largest` goes through the largest network instead.
+    values of one decision occur equally often, up to one. `generator` None: torch's own.
     """
-    fixed = round(largest * samples)
-    samples -= fixed
 
     def balanced(count: int) -> Tensor:
         start = torch.randint(count, (1,), generator=generator)
@@ -47,10 +42,7 @@ def random_paths(
 
     depths = [torch.tensor(stage.depths)[balanced(len(stage.depths))] for stage in space.stages]
     options = [balanced(len(space.options)) for _ in range(blocks(space))]
-    most = same_path(space, space.largest(), fixed)
-    return Paths(
-        torch.cat([most.depths, torch.stack(depths, 1)]), torch.cat([most.options, torch.stack(options, 1)])
-    )
+    return Paths(torch.stack(depths, 1), torch.stack(options, 1))
 
 
 def same_path(space: Space, choice: Choice, samples: int) -> Paths:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tightrope.errors import InputError
-from tightrope.methods.binas.paths import Paths, random_paths
+from tightrope.methods.binas.paths import Paths, random_paths, same_path
 from tightrope.methods.binas.space import Space
 from tightrope.models.mobilenet import (
     MobileNet,
@@ -147,7 +147,10 @@ class WithLargest(nn.Module):
         self.space, self.share = space, share
 
     def forward(self, samples: int) -> Paths:
-        return random_paths(self.space, samples, largest=self.share)
+        fixed = round(self.share * samples)
+        most = same_path(self.space, self.space.largest(), fixed)
+        others = random_paths(self.space, samples - fixed)
+        return Paths(torch.cat([most.depths, others.depths]), torch.cat([most.options, others.options]))
 
     def extra_repr(self) -> str:
         return f"share={self.share}"

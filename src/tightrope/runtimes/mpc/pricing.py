@@ -63,13 +63,13 @@ class Pricing:
     def price(self, op: Op) -> Cost:
         """See `cost.price`."""
         link = replace(self._link, rtt_ms=0.0)
-        spent = _spent(steps_alone(op, self.config), 1, payload_bytes, self._profile.variable, link)
+        spent = _spent(steps_alone(op, self.config), 1, payload_bytes, self._profile.variable, link, ROLES)
         return price(op, self.config) + total(spent.values())
 
     def prices(self, program: Program) -> dict[str, Cost]:
         """See `cost.prices`."""
         steps = [step for steps in usual_steps(program, self.config).values() for step in steps]
-        spent = _spent(steps, 1, payload_bytes, self._profile, self._link)
+        spent = _spent(steps, 1, payload_bytes, self._profile, self._link, ROLES)
         return {name: cost + spent.get(name, Cost()) for name, cost in prices(program, self.config).items()}
 
     def exact(self, program: Program) -> Cost:
@@ -93,12 +93,7 @@ class Pricing:
 
 
 def _spent(
-    steps: Sequence[Step],
-    batch: int,
-    size: Size,
-    profile: Profile,
-    network: Network,
-    seen: Sequence[Role] = ROLES,
+    steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network, seen: Sequence[Role]
 ) -> dict[str, Cost]:
     """Milliseconds of both phases, by op; online as those `seen` spend them."""
     online = online_ms(steps, batch, size, profile, network, seen)

@@ -129,12 +129,7 @@ def shipped() -> Json:
 
 
 def online_ms(
-    steps: Sequence[Step],
-    batch: int,
-    size: Size,
-    profile: Profile,
-    network: Network,
-    seen: Sequence[Role] = ROLES,
+    steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network, seen: Sequence[Role]
 ) -> dict[str, float]:
     """By op, how far each moves the latest clock of those `seen`; the sum is the time of the whole.
 
@@ -149,8 +144,8 @@ def offline_ms(
     steps: Sequence[Step], batch: int, size: Size, profile: Profile, network: Network
 ) -> dict[str, float]:
     """By op, how far each moves the latest of the clocks; the sum is the time of the whole. The dealer, who
-    waits for nobody, runs ahead of the others. All three have enough to do
-    to fill a machine with fewer cores: then what they do in all takes longer than any chain of it."""
+    waits for nobody, runs ahead of the others. All three have enough to do to fill a machine with fewer
+    cores: then what they do in all takes longer than any chain of it."""
     busy_ns, profile = 0.0, replace(profile, byte=profile.bulk)
 
     def moves() -> Moves:
