@@ -35,6 +35,7 @@ from tightrope.methods.binas.oneshot import OneShot
 from tightrope.methods.binas.regression import regression
 from tightrope.methods.binas.space import Space
 from tightrope.methods.binas.supernet import Supernet
+from tightrope.models.mobilenet import MobileNet
 from tightrope.program import base_cost
 from tightrope.shard import launch
 from tightrope.solve.staged import Answer, Choice
@@ -65,11 +66,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Studied:
-    """What is known of a space once its supernet is trained: the same for every limit."""
+    """What is known of a space once its supernet is trained: the same for every limit. `heaviest`: the
+    largest network as it was trained alone, which is more accurate than with the supernet's weights.
+    """
 
     space: Space
     data: Data
     supernet: Supernet = field(repr=False)
+    heaviest: MobileNet = field(repr=False)
     contributions: Contributions = field(repr=False)
     errors: Contributions = field(repr=False)
     fitted: Accuracies = field(repr=False)
@@ -157,7 +161,8 @@ def study(
     held_out = accuracies.measure(supernet, data, rest, file=work / "networks.hits", progress=progress)
     regressed = regression(space, table, paths)
     compared = compare(space, means, regressed, method.passes * whole, fitted, held_out)
-    return Studied(space, data, supernet, means, errors, fitted, held_out, compared)
+    heaviest = oneshot.load_heaviest(work / "oneshot" / oneshot.HEAVIEST_FILE, space)
+    return Studied(space, data, supernet, heaviest, means, errors, fitted, held_out, compared)
 
 
 def find(
@@ -177,8 +182,8 @@ def find(
     progress: Progress = lambda *_: None,
 ) -> Found | None:
     """The best network of `space` within `budget`, with inherited weights, as a bundle at `out`; its teacher
-    is the largest network. What does not depend on the budget is kept under `work` for the next one.
-    None in all but the first of several processes that train together.
+    is the largest network, trained alone. What does not depend on the budget is kept under `work` for the
+    next one. None in all but the first of several processes that train together.
 
     Raises a TightropeError before any training when the budget, the data or the latency table cannot be used.
     """
@@ -209,7 +214,7 @@ def find(
     ms = None
     if table is not None and not target.elsewhere:
         ms = time_network(space, net, target)
-    teacher = extract(studied.supernet, space.largest())
+    teacher = studied.heaviest
     learned = Learned(
         choices=chosen(space.architecture(choices[taken]), space.classes),
         tensors={k: v.detach().clone() for k, v in net.state_dict().items()},

@@ -32,6 +32,7 @@ from tightrope.recipe import Recipe
 from tightrope.types import Json
 
 RANKING_BATCH = 64
+HEAVIEST_FILE = "heaviest.safetensors"
 DIVISOR = 50  # of the summed squares of the maps (`ikd_dividor`)
 HEAVIEST = Recipe(epochs=2, batch_size=128, lr=0.1, label=1.0, smoothing=0.1, distill=0.0, hints=0.0)
 ELASTIC = Recipe(
@@ -83,7 +84,7 @@ def train(
 ) -> Supernet:
     """The trained supernet, in evaluation mode on the CPU. The test split is not read.
 
-    `folder` keeps heaviest.safetensors and supernet.safetensors, and where each phase stands: a call with the
+    `folder` keeps HEAVIEST_FILE and supernet.safetensors, and where each phase stands: a call with the
     same arguments goes on from there, to the same losses and weights, and a finished run is only loaded.
     `log` gets the records of `finetune`, with "phase": heaviest or elastic; in the second, accuracies are
     those of random networks.
@@ -142,7 +143,7 @@ def _heaviest(
     space: Space, data: Data, settings: OneShot, made: Mapping[str, Json], folder: Path, log: Log | None
 ) -> MobileNet:
     """The trained heaviest network, its channels ranked; from its file where an earlier call wrote it."""
-    file, part, recipe = folder / "heaviest.safetensors", folder / "heaviest.part", settings.heaviest
+    file, part, recipe = folder / HEAVIEST_FILE, folder / "heaviest.part", settings.heaviest
     net = heaviest_network(space, seed=recipe.seed)
     done = _finished(file, space, made)
     if done is not None:
@@ -177,6 +178,16 @@ def load(path: Path, space: Space) -> Supernet:
     if found is None or "norms" not in found.progress:
         raise InputError("no supernet", where=str(path), fix="train it first")
     return _restored(found, space)
+
+
+def load_heaviest(path: Path, space: Space) -> MobileNet:
+    """The largest network as it was trained alone, in evaluation mode. Raises as `load` does."""
+    found = disk.load(path, {"space": space.sha256()}, ANEW)
+    if found is None:
+        raise InputError("no trained largest network", where=str(path), fix="train it first")
+    net = heaviest_network(space)
+    net.load_state_dict(found.tensors)
+    return net
 
 
 def _restored(found: disk.Checkpoint, space: Space) -> Supernet:
