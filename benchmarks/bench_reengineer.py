@@ -8,7 +8,9 @@ Validation data select; the test split is read once per finished run. Controls (
 magnitude, SNIP) train for as many epochs as the search. Networks of whole channels are then fine-tuned with
 the donor, which answers within the task, as teacher. Times are measured last, one network after the other.
 `--scratch` trains networks of the same shapes from random weights too, for as many epochs as search and
-fine-tuning together. A run that fails leaves FILE.error, and a row that says so; the exit status is then 1.
+fine-tuning together. `--controls` adds those of the annealed masks to finished runs, on the CPU: heads for
+as many epochs as the search; fine-tuning, the same for every mask, for TUNED. A run that fails leaves
+FILE.error, and a row that says so; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import product
@@ -30,18 +31,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from _donors import ACCELERATOR, BATCH, DONORS, donor
 from _rows import row, trained_on, write
-from tightrope import models
 from tightrope.data import Data, load, parse_task, view
+from tightrope.data.task import Task
 from tightrope.evaluate import accuracy
 from tightrope.finetune import Recipe, finetune
-from tightrope.graph import trace
+from tightrope.graph import Graph, trace
 from tightrope.lower import lower
 from tightrope.methods.reengineer import ReengineerMethod
+from tightrope.methods.reengineer.controls import fine_tuned, with_new_head
 from tightrope.nn.group_max import GroupMax
 from tightrope.program import Program
 from tightrope.runtimes.onnx import Onnx
@@ -64,27 +65,8 @@ ALIGNED = CHANNEL | {"multiple": 8}  # channels, as the kernels of ONNX Runtime 
 CONFIGS = {"channel": CHANNEL, "aligned": ALIGNED}
 SINGLE = {"reference": (PUBLISHED, "weights<=1x"), "annealed": (ANNEALED, "weights<=0.15x")}
 MODES = (*SINGLE, *CONFIGS)
-ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = 128
 REPEATS, WARM_UP = 50, 10
-
-
-def quarter_vgg() -> nn.Module:
-    """VGG-16 with batch-norm and a quarter of its channels, on 28x28 images padded to 32x32."""
-    layers: list[nn.Module] = [nn.ZeroPad2d(2)]
-    before = 1
-    for width, count in zip((16, 32, 64, 128, 128), (2, 2, 3, 3, 3), strict=True):
-        for _ in range(count):
-            layers += [nn.Conv2d(before, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            before = width
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
-
-
-DONORS: dict[str, Callable[[], nn.Module]] = {
-    "resnet20": lambda: models.resolve("resnet20", num_classes=10, in_channels=1),
-    "vgg16_quarter": quarter_vgg,
-}
+TUNED = 12  # epochs of fine-tuning as a control of the annealed masks
 
 
 def alpha(task: str, mode: str) -> float:
@@ -119,36 +101,17 @@ class Job:
         """Where it says why it failed, if it did."""
         return self.file(work).with_suffix(".error")
 
+    def uncontrolled(self, work: Path) -> bool:
+        """Whether there are masks, and no controls of theirs yet."""
+        file = self.file(work)
+        return file.exists() and "head_only" not in json.loads(file.read_text())["controls"]
+
     def waits(self, work: Path) -> bool:
         if not self.file(work).exists():
             return True
         return (
             self.scratch and self.mode in CONFIGS and "scratch" not in json.loads(self.file(work).read_text())
         )
-
-
-def donor(name: str, epochs: int, data: Data, work: Path) -> nn.Module:
-    """SGD under one cycle; the weights of a finished training are read again."""
-    path = work / f"{name}-{epochs}.safetensors"
-    torch.manual_seed(0)
-    net = DONORS[name]()
-    if not path.exists():
-        steps = epochs * -(-data.size("train") // BATCH)
-        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
-        net.to(ACCELERATOR, memory_format=torch.channels_last).train()
-        for epoch in range(epochs):
-            for x, y in data.batches("train", BATCH, shuffle=True, seed=epoch, augment=True):
-                optimizer.zero_grad()
-                x, y = x.to(ACCELERATOR, memory_format=torch.channels_last), y.to(ACCELERATOR)
-                F.cross_entropy(net(x), y).backward()
-                optimizer.step()
-                schedule.step()
-        work.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.cpu().contiguous() for k, v in net.state_dict().items()}, path)
-    net = DONORS[name]()
-    net.load_state_dict(load_file(path))
-    return net.eval()
 
 
 def latencies(first: Program, second: Program) -> dict[str, list[float]]:
@@ -167,11 +130,8 @@ def latencies(first: Program, second: Program) -> dict[str, list[float]]:
     return found
 
 
-def searched(job: Job, work: Path) -> Json:
-    """Search, fine-tune what may be, then the test split: the result and the restricted donor.
-
-    Beside the file of the result lies the network, to be timed.
-    """
+def prepared(job: Job, work: Path) -> tuple[Graph, Data, Task, ReengineerMethod, str]:
+    """The donor, the images of its task, and what searches how much of it."""
     torch.set_num_threads(1)
     data = load("fashion-mnist")
     graph = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
@@ -187,6 +147,15 @@ def searched(job: Job, work: Path) -> Json:
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(job.seed))[: job.images]
         part = replace(part, splits={**part.splits, "train": (x[order], y[order])})
     method = ReengineerMethod(**config, epochs=job.epochs, seed=job.seed, batch_size=BATCH)
+    return graph, part, task, method, budget
+
+
+def searched(job: Job, work: Path) -> Json:
+    """Search, fine-tune what may be, then the test split: the result and the restricted donor.
+
+    Beside the file of the result lies the network, to be timed.
+    """
+    graph, part, task, method, budget = prepared(job, work)
     start = time.perf_counter()
     learned = method.learn(
         graph, part, task=task, budget=Budget.parse(budget), cost=Onnx(batch=16),
@@ -212,6 +181,25 @@ def searched(job: Job, work: Path) -> Json:
         "seconds": time.perf_counter() - start,
     }
     lower(result, graph.input_shape).save(job.file(work).with_suffix(""))
+    job.file(work).write_text(json.dumps(found))
+    return found
+
+
+def controlled(job: Job, work: Path) -> Json:
+    """A finished run of single weights, with the controls that it had not."""
+    found: Json = json.loads(job.file(work).read_text())
+    graph, part, task, method, _ = prepared(job, work)
+    fresh = method.searches(graph, len(part.classes), task.groups, part)
+    keep = round(found["retained"] * fresh().masked.total)
+    found["controls"] |= with_new_head(fresh, keep, job.epochs)
+    same = replace(job, mode="reference", epochs=TUNED).file(work)
+    if same.exists():
+        tuned = json.loads(same.read_text())["controls"]["fine_tuned"]
+    else:
+        search = fresh()
+        net = fine_tuned(search.headed.model, part, search.settings, TUNED)
+        tuned = accuracy(net, part, "validation")
+    found["controls"][f"fine_tuned for {TUNED} epochs"] = tuned
     job.file(work).write_text(json.dumps(found))
     return found
 
@@ -271,8 +259,9 @@ def rows(found: dict[Job, Json]) -> list[Json]:
         result.append(row(f"{what}: test accuracy (no bar)", 100 * mean(runs, "test"), "%"))
         kept = mean(runs, "retained")
         if mode in SINGLE:
+            result.append(row(f"{what}: validation accuracy (no bar)", 100 * mean(runs, "validation"), "%"))
             result.append(row(f"{what}: weights kept, <= 15 %", 100 * kept, "%", kept <= 0.15))
-        for name in runs[0]["controls"]:
+        for name in sorted(set.intersection(*(set(r["controls"]) for r in runs))):
             value = 100 * statistics.mean(r["controls"][name] for r in runs)
             result.append(row(f"{what}: validation accuracy of {name} (no bar)", value, "%"))
         if mode in CONFIGS:
@@ -311,6 +300,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=0, help="training images of a task; 0: all")
     parser.add_argument("--budget", default="macs<=0.2x", help="of the channel mode")
     parser.add_argument("--scratch", action="store_true", help="shapes of whole channels from scratch too")
+    parser.add_argument("--controls", action="store_true", help="of the annealed masks that are finished")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_reengineer"))
     parser.add_argument("--search", action="store_true", help="no times, no rows: --finished has them")
@@ -320,13 +310,15 @@ def main() -> None:
     wanted = product(range(options.seeds), options.donors, options.tasks, options.modes)
     size = (options.epochs, options.donor_epochs, options.images, options.budget)
     jobs = [Job(*key, *size, options.scratch) for key in wanted]
-    waiting = [] if options.finished else [j for j in jobs if j.waits(options.work)]
+    run = controlled if options.controls else searched
+    waits = Job.uncontrolled if options.controls else Job.waits
+    waiting = [job for job in jobs if not options.finished and waits(job, options.work)]
     if waiting:
         for name in options.donors:
             donor(name, options.donor_epochs, data, options.work)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-            running = {pool.submit(searched, job, options.work): job for job in waiting}
+            running = {pool.submit(run, job, options.work): job for job in waiting}
             for future in as_completed(running):
                 job, error = running[future], future.exception()  # of one run: the others go on
                 if error is None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tightrope.data import Data
+from tightrope.methods.reengineer.head_fit import fit_head
 from tightrope.methods.reengineer.search import STRIDE, Search, Settings
 from tightrope.nn.group_max import GroupMax
 from tightrope.nn.masked import Bits, Masked
@@ -79,11 +80,9 @@ def fine_tuned(model: nn.Module, data: Data, settings: Settings, epochs: int) ->
     return net.requires_grad_(False).cpu()
 
 
-def controls(
-    fresh: Callable[[], Search], keep: int, epochs: int, score: Callable[[nn.Module], float]
-) -> dict[str, float]:
-    """Accuracies with the same head: `head_only` keeps every weight, `magnitude` and `snip` keep `keep`, and
-    `fine_tuned` trains all of them. `fresh` gives a search whose head is at its start; masks are per weight.
+def with_new_head(fresh: Callable[[], Search], keep: int, epochs: int) -> dict[str, float]:
+    """Accuracies with the same head: `head_only` keeps every weight, `magnitude` and `snip` keep `keep`.
+    `fresh` gives a search whose head is at its start; masks are per weight.
     """
     found = {}
     kinds: dict[str, Callable[[Search], Bits]] = {
@@ -94,8 +93,15 @@ def controls(
     for name, masks in kinds.items():
         search = fresh()
         bits = masks(search)
-        search.fit_head(bits, epochs)
+        fit_head(search, bits, epochs)
         found[name] = search.accuracy(bits)
-    search = fresh()
-    found["fine_tuned"] = score(fine_tuned(search.headed.model, search.data, search.settings, epochs))
     return found
+
+
+def controls(
+    fresh: Callable[[], Search], keep: int, epochs: int, score: Callable[[nn.Module], float]
+) -> dict[str, float]:
+    """`with_new_head`, and `fine_tuned`, whose weights are all trained."""
+    search = fresh()
+    tuned = fine_tuned(search.headed.model, search.data, search.settings, epochs)
+    return with_new_head(fresh, keep, epochs) | {"fine_tuned": score(tuned)}

@@ -260,7 +260,7 @@ class Search:
         few = self.data.batches("train", 64, shuffle=True, seed=self.settings.seed, limit=64 * ORDER_BATCHES)
         with self._seeded(self.settings.seed):
             for x, y in few:
-                x, y = self._placed(x, y)
+                x, y = self.placed(x, y)
                 loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
                 torch.autograd.backward(loss)
         felt = {n: torch.zeros_like(o) if o.grad is None else o.grad.abs() for n, o in ones.items()}
@@ -282,21 +282,13 @@ class Search:
         """SeaM's penalty: `alpha` times the share of the weights that is kept."""
         return lambda bits: alpha * self.masked.kept(bits)[0] / self.masked.total
 
-    def fit_head(self, bits: Bits, epochs: int, start: int = 0) -> None:
-        """Train the head alone on fixed masks; a head that does not learn stays."""
-        if not self.headed.trained:
-            return
-        optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.lr_head)
-        for epoch in range(start, start + epochs):
-            self.run(epoch, [optimizer], bits, None)
-
     def accuracy(self, bits: Bits, split: str = "validation") -> float:
         """Share of a split's images that the masked network labels right."""
         hits, seen = 0, 0
         with torch.no_grad(), _without_dropout(self.headed.model):
             parameters = self.masked.effective(bits)
             for x, y in self.data.batches(split, 500):  # type: ignore[arg-type]
-                x, y = self._placed(x, y)
+                x, y = self.placed(x, y)
                 hits += int((self.masked(x, parameters).argmax(1) == y).sum())
                 seen += len(y)
         return hits / seen
@@ -319,38 +311,42 @@ class Search:
     ) -> None:
         """One epoch; `after` is called after every step."""
         with self._seeded(self.settings.seed * STRIDE + epoch):
-            self._steps(epoch, optimizers, fixed, penalty, after)
+            for batch in self._batches(epoch):
+                x, y = self.placed(*batch)
+                bits = self.masked.bits() if fixed is None else fixed
+                loss = self.loss(self.masked(x, self.masked.effective(bits)), y, self.said(x))
+                if fixed is None and penalty is not None:
+                    apart = self.masked.bits()  # bits of its own: each gradient is clipped alone
+                    loss = loss + penalty(apart)
+                self.learn(loss, optimizers)
+                after()
 
-    def _steps(
-        self,
-        epoch: int,
-        optimizers: list[torch.optim.Optimizer],
-        fixed: Bits | None,
-        penalty: Callable[[Bits], Tensor] | None,
-        after: Callable[[], object],
-    ) -> None:
-        for x, y in self._batches(epoch):
-            x, y = self._placed(x, y)
-            bits = self.masked.bits() if fixed is None else fixed
-            outputs = self.masked(x, self.masked.effective(bits))
-            loss = F.cross_entropy(outputs, y)
-            if self.teacher is not None and self.settings.distill:
-                with torch.no_grad():
-                    soft = self.teacher(x).log_softmax(1)
-                divergence = F.kl_div(outputs.log_softmax(1), soft, log_target=True, reduction="batchmean")
-                loss = loss + self.settings.distill * divergence
-            if fixed is None and penalty is not None:
-                loss = loss + penalty(self.masked.bits())  # bits of its own: each gradient is clipped alone
-            if not math.isfinite(float(loss.detach())):
-                raise InputError("the search diverged: the loss is not finite", fix="a smaller lr_head")
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            for optimizer in optimizers:
-                optimizer.step()
-            after()
+    def said(self, x: Tensor) -> Tensor | None:
+        """Log-probabilities of the teacher, if it counts."""
+        if self.teacher is None or not self.settings.distill:
+            return None
+        with torch.no_grad():
+            return self.teacher(x).log_softmax(1)
 
-    def _placed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, outputs: Tensor, y: Tensor, soft: Tensor | None) -> Tensor:
+        """Cross-entropy, and `distill` times the divergence from `soft`, where there is a teacher."""
+        loss = F.cross_entropy(outputs, y)
+        if soft is None:
+            return loss
+        divergence = F.kl_div(outputs.log_softmax(1), soft, log_target=True, reduction="batchmean")
+        return loss + self.settings.distill * divergence
+
+    def learn(self, loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+        """One step of each. Raises InputError for a loss that is not finite."""
+        if not math.isfinite(float(loss.detach())):
+            raise InputError("the search diverged: the loss is not finite", fix="a smaller lr_head")
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def placed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x.to(self.masked.device), y.to(self.masked.device)
 
     @contextmanager
