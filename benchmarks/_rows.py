@@ -36,8 +36,10 @@ def write(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
     """Write `results/<name>.json`, all at once or not at all; returns its path.
 
     Each row holds exactly `issue, bar, value, unit, holds, command`; host, versions and commit are added.
-    Raises ValueError on any other row.
+    Raises ValueError on any other row, and for none at all.
     """
+    if not rows:
+        raise ValueError(f"nothing was measured: {name}.json stays as it is")
     for row in rows:
         if set(row) != set(MEASURED):
             raise ValueError(f"a row needs exactly {sorted(MEASURED)}, got {sorted(row)}")

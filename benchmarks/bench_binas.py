@@ -2,17 +2,18 @@
 
     python benchmarks/bench_binas.py [FOLDER] [--reduced]        about 60 minutes on two idle cores
 
-One supernet of the space `fashion` (default recipes, an eighth of every batch through the largest network);
-estimators on 100 held-out networks. At five limits between the smallest and the largest network, the best of
-ten candidates is fine-tuned beside ten random networks that cost as much (between 90 % of the limit and the
-limit), all by one recipe on 20,000 training images with the largest network, trained alone, as teacher.
-Accuracies are of the test split, read once per network, at the end. FOLDER (runs/bench-binas) keeps
-everything: the same call goes on, does what is missing and adds its minutes. `--reduced` trains for minutes
-only and shows that it works; its rows are not written.
+One supernet of the space `fashion` (default recipes); estimators on 100 held-out networks. At five limits
+between the smallest and the largest network, the best of ten candidates is fine-tuned beside ten random
+networks that cost as much (between 90 % of the limit and the limit), all by one recipe on 20,000 training
+images with the largest network, trained alone, as teacher. Accuracies are of the test split, read once per
+network, at the end. FOLDER (runs/bench-binas) keeps everything: the same call goes on, does what is missing
+and adds its minutes. `--reduced` trains for minutes only and shows that it works; its rows are not written.
 """
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -37,24 +38,23 @@ from tightrope.methods.binas.choosing import candidates, pick
 from tightrope.methods.binas.extract import extract
 from tightrope.methods.binas.method import BinasMethod
 from tightrope.methods.binas.objective import problem
-from tightrope.recipe import Recipe
+from tightrope.place import model_sha256
 from tightrope.report import explain
 from tightrope.solve.staged import Choice
+from tightrope.types import atomic_write
 
 COMMAND = "python benchmarks/bench_binas.py"
 REDUCED = "--reduced" in sys.argv
 VISITS, PAUSE_S = 6, 1.0 if REDUCED else 15.0
 LIMITS, RANDOM = (2, 2) if REDUCED else (5, 10)
 SPACE, TARGET = resolve("fashion"), nas.Target(device="onnx", clock="cpu")
-USUAL = oneshot.OneShot(largest=0.125)
+USUAL = oneshot.OneShot()
 SHORT = oneshot.OneShot(
     heaviest=replace(USUAL.heaviest, epochs=1, limit=5000),
     elastic=replace(USUAL.elastic, epochs=1, limit=5000),
 )
-METHOD = BinasMethod(passes=2, held_out=20) if REDUCED else BinasMethod(candidates=10)
-TUNE = Recipe(
-    epochs=1, batch_size=128, limit=1000 if REDUCED else 20_000, label=0.5, distill=0.5, temperature=1.0
-)
+METHOD = BinasMethod(passes=2, held_out=20) if REDUCED else BinasMethod()
+TUNE = replace(nas.TUNING, epochs=1, limit=1000 if REDUCED else 20_000)
 CORES = 2  # each fine-tunes one network: two threads on one take 1.7 times as long
 
 
@@ -62,11 +62,20 @@ def say(what: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {what}", flush=True)
 
 
-class Tuned:
-    """Test accuracies of fine-tuned networks, kept in a file as they come; CORES networks at once."""
+def save(path: Path, body: Any) -> None:
+    atomic_write(path, lambda f: f.write(json.dumps(body).encode()))
 
-    def __init__(self, studied: nas.Studied, path: Path) -> None:
-        self.studied, self.path = studied, path
+
+class Tuned:
+    """Test accuracies of fine-tuned networks, kept in a file as they come; CORES networks at once. The file
+    is of these weights and this recipe.
+    """
+
+    def __init__(self, studied: nas.Studied, work: Path) -> None:
+        both = (model_sha256(studied.supernet), model_sha256(studied.heaviest), repr(TUNE))
+        self.studied = studied
+        self.path = work / f"tuned-{hashlib.sha256(repr(both).encode()).hexdigest()[:12]}.json"
+        path = self.path
         self.found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(CORES, context, torch.set_num_threads, (1,))
@@ -80,7 +89,7 @@ class Tuned:
         }
         for future in as_completed(running):
             self.found[running[future]] = future.result()
-            self.path.write_text(json.dumps(self.found))
+            save(self.path, self.found)
         return np.array([self.found[json.dumps(choice)] for choice in choices])
 
 
@@ -111,11 +120,25 @@ def times_ms(nets: list[nn.Module]) -> list[float]:
     return [min(times) for times in zip(*visits, strict=True)]
 
 
+class Minutes:
+    """Of all calls together, in a file, those of an interrupted one too."""
+
+    def __init__(self, work: Path) -> None:
+        self.path, self.start = work / "minutes.json", time.monotonic()
+        self.before = json.loads(self.path.read_text()) if self.path.exists() else 0.0
+        atexit.register(self)
+
+    def __call__(self) -> float:
+        minutes = float((time.monotonic() - self.start) / 60 + self.before)
+        save(self.path, minutes)
+        return minutes
+
+
 def main() -> None:
     named = [word for word in sys.argv[1:] if not word.startswith("-")]
     work = Path(named[0] if named else "runs/bench-binas")
     work.mkdir(parents=True, exist_ok=True)
-    start, data = time.monotonic(), datasets.load("fashion-mnist")
+    spent, data = Minutes(work), datasets.load("fashion-mnist")
     table = nas.latency_table(SPACE, TARGET, work, lambda *_: None)
     say("latency table")
     studied = nas.study(
@@ -138,7 +161,7 @@ def main() -> None:
         for c in studied.compared
     ]
     low, high = (table.predict(SPACE, c) for c in (SPACE.smallest(), SPACE.largest()))
-    generator, tune = np.random.default_rng(1), Tuned(studied, work / f"tuned-{SPACE.sha256()[:8]}.json")
+    generator, tune = np.random.default_rng(1), Tuned(studied, work)
     gain = pick(METHOD, studied.compared)
     answers_ms: list[tuple[Choice, float]] = []
     for limit in np.linspace(low, high, LIMITS + 2)[1:-1]:
@@ -166,9 +189,7 @@ def main() -> None:
     say(f"measured {np.round(seen, 4)} ms, predicted {np.round([p for _, p in answers_ms], 4)}")
     bar = f"measured and predicted latency of the {LIMITS} networks found, worst: at most 10 %"
     rows.append(_rows.row(bar, float(max(off)), "share", max(off) <= 0.1))
-    spent = work / "minutes.json"
-    minutes = (time.monotonic() - start) / 60 + (json.loads(spent.read_text()) if spent.exists() else 0.0)
-    spent.write_text(json.dumps(minutes))
+    minutes = spent()
     rows.append(_rows.row("end to end, at most 60 minutes", minutes, "minutes", minutes <= 60))
     rows = [row | {"issue": 5, "command": COMMAND} for row in rows]
     if REDUCED:

@@ -48,7 +48,7 @@ from tightrope.program import Program
 from tightrope.runtimes.onnx import Onnx
 from tightrope.runtimes.openvino import OpenVino
 from tightrope.shard import launch
-from tightrope.types import Budget
+from tightrope.types import Budget, atomic_write
 
 Json = dict[str, Any]
 TASKS = ("3", "6", "8", "0,2,4,6", "5,7,9")
@@ -102,9 +102,10 @@ class Job:
         return self.file(work).with_suffix(".error")
 
     def uncontrolled(self, work: Path) -> bool:
-        """Whether there are masks, and no controls of theirs yet."""
+        """Whether there are annealed masks, and no controls of theirs yet."""
         file = self.file(work)
-        return file.exists() and "head_only" not in json.loads(file.read_text())["controls"]
+        there = self.mode == "annealed" and file.exists()
+        return there and "test_controls" not in json.loads(file.read_text())
 
     def waits(self, work: Path) -> bool:
         if not self.file(work).exists():
@@ -181,7 +182,7 @@ def searched(job: Job, work: Path) -> Json:
         "seconds": time.perf_counter() - start,
     }
     lower(result, graph.input_shape).save(job.file(work).with_suffix(""))
-    job.file(work).write_text(json.dumps(found))
+    save(job.file(work), found)
     return found
 
 
@@ -191,17 +192,23 @@ def controlled(job: Job, work: Path) -> Json:
     graph, part, task, method, _ = prepared(job, work)
     fresh = method.searches(graph, len(part.classes), task.groups, part)
     keep = round(found["retained"] * fresh().masked.total)
-    found["controls"] |= with_new_head(fresh, keep, job.epochs)
-    same = replace(job, mode="reference", epochs=TUNED).file(work)
+    heads = with_new_head(fresh, keep, job.epochs, ("validation", "test"))
+    same = replace(job, mode="reference", epochs=TUNED).file(work)  # with the same head
     if same.exists():
         tuned = json.loads(same.read_text())["controls"]["fine_tuned"]
     else:
         search = fresh()
         net = fine_tuned(search.headed.model, part, search.settings, TUNED)
         tuned = accuracy(net, part, "validation")
+    found["controls"] |= {name: values[0] for name, values in heads.items()}
     found["controls"][f"fine_tuned for {TUNED} epochs"] = tuned
-    job.file(work).write_text(json.dumps(found))
+    found["test_controls"] = {name: values[1] for name, values in heads.items()}
+    save(job.file(work), found)
     return found
+
+
+def save(path: Path, found: Json) -> None:
+    atomic_write(path, lambda f: f.write(json.dumps(found).encode()))
 
 
 def scratch(net: nn.Module, part: Data, teacher: nn.Module, recipe: Recipe) -> Json:
@@ -226,7 +233,7 @@ def timed(job: Job, data: Data, work: Path) -> Json:
         whole = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
         programs = lower(whole.module, data.input_shape), Program.load(path.with_suffix(""))
         found["ms"] = latencies(*programs)
-        path.write_text(json.dumps(found))
+        save(path, found)
     return found
 
 
@@ -264,6 +271,9 @@ def rows(found: dict[Job, Json]) -> list[Json]:
         for name in sorted(set.intersection(*(set(r["controls"]) for r in runs))):
             value = 100 * statistics.mean(r["controls"][name] for r in runs)
             result.append(row(f"{what}: validation accuracy of {name} (no bar)", value, "%"))
+        for name in runs[0].get("test_controls", {}) if all("test_controls" in r for r in runs) else ():
+            value = 100 * statistics.mean(r["test_controls"][name] for r in runs)
+            result.append(row(f"{what}: test accuracy of {name}, on the CPU (no bar)", value, "%"))
         if mode in CONFIGS:
             macs = mean(runs, "macs")
             result.append(row(f"{what}: multiplications, <= 0.35x", macs, "x", macs <= 0.35))
@@ -326,7 +336,8 @@ def main() -> None:
                     print({k: v for k, v in future.result().items() if k != "front"}, flush=True)
                 else:
                     said = str(error).partition("\n")[0]
-                    job.error(options.work).write_text(f"{type(error).__name__}: {said}")
+                    if not options.controls:  # without which the search's result stands
+                        job.error(options.work).write_text(f"{type(error).__name__}: {said}")
                     print(job, repr(error), flush=True)
     failed = failures(jobs, options.work)
     if not options.search:
@@ -343,6 +354,7 @@ def table(options: argparse.Namespace, data: Data, jobs: list[Job], failed: list
     command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs}"
     command += f" --budget '{options.budget}' --donor-epochs {options.donor_epochs} --seeds {options.seeds}"
     command += " --scratch" if options.scratch else ""
+    command += " --controls" if any("test_controls" in one for one in found.values()) else ""
     whole = options.modes == list(MODES)
     if not whole:
         command += f" --modes {' '.join(options.modes)} --tasks {' '.join(options.tasks)}"

@@ -17,7 +17,7 @@ from tightrope.errors import BundleError
 from tightrope.methods.binas import latency, resolve
 from tightrope.methods.binas.counts import counts
 from tightrope.methods.binas.latency import LatencyTable, Timing
-from tightrope.methods.binas.method import BinasMethod
+from tightrope.methods.binas.method import FORMULAS, BinasMethod
 from tightrope.models.arch import Architecture
 
 SMALL = """
@@ -85,11 +85,9 @@ def test_the_whole_way_and_a_second_budget(here, monkeypatch, capsys):
     assert table.predict(space, choice) == pytest.approx(found["predicted"]["online_ms"])
     assert found["predicted"]["online_ms"] <= limit and found["gap"] <= 1e-6
     assert found["predicted"]["macs"] == counts(space, choice)["macs"]
-    assert len(found["validation_inherited"]) == 5
+    assert len(found["validation_inherited"]) == 10
     assert found["validation_inherited"][found["taken"]] == max(found["validation_inherited"])
-    assert {"released", "conditional", "regression", "linear", "bilinear", "quadratic", "mlp"} == found[
-        "estimators"
-    ].keys()
+    assert found["estimators"].keys() == {*FORMULAS, "quadratic", "mlp"}
     assert found["measured_ms"] > 0 and 0 <= found["test"] <= 1
     page = (here / "work" / "explain.html").read_text()
     assert "Stage 2, block by block" in page and "Spearman" in page
@@ -116,6 +114,23 @@ def test_the_whole_way_and_a_second_budget(here, monkeypatch, capsys):
     plan = Bundle.open(here / "second").plan()
     assert plan.predicted.macs <= 0.8 * plan.baseline.macs
     assert plan.predicted.weights <= 0.9 * plan.baseline.weights
+    assert Bundle.open(here / "second").program().ops  # to be run, though nothing was fine-tuned
+
+    # interrupted while it is fine-tuned, the same command goes on; a third time there is nothing to do
+    third = words(here, *lut, "-b", "online_ms<=80%", "--out", here / "third")
+    with monkeypatch.context() as patch:
+        patch.setattr("tightrope.pipeline.finetune", interrupted)
+        assert call(monkeypatch, *third) == 130
+    plan = (here / "third" / "plan.json").stat().st_mtime_ns
+    assert call(monkeypatch, *third) == 0
+    assert (here / "third" / "plan.json").stat().st_mtime_ns == plan
+    assert "validation" in Bundle.open(here / "third").accuracy()
+    capsys.readouterr()
+    refused(monkeypatch, capsys, *third, says="would be lost")
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_limits_are_refused_before_any_training(here, monkeypatch, capsys):

@@ -49,6 +49,7 @@ class Wanted:
 
 
 EVERYTHING = Wanted()
+SAME = ("data", "root", "image_size", "runtime", "pricing")  # in `about`, of a bundle that is not made again
 EACH = Wanted(classes="each")  # of the command line: `learn_each`
 
 
@@ -98,7 +99,7 @@ def learn(
     """
     method = donor.method
     assert isinstance(method, Learner)
-    asked = ask(donor.images, wanted, donor.about["image_size"], int(getattr(method, "seed", 0)))
+    asked = ask(donor.images, wanted, donor.about["image_size"], _seed(donor))
     workdir, run = out / LEARNING, _run(donor, asked, budget)
     with going_on(workdir, run, progress, restart=restart, shard=shard) as told:
         learned = method.learn(
@@ -150,7 +151,8 @@ def learn_each(
 ) -> list[Bundle]:
     """Every class against the rest: a bundle each, `out`/NUMBER-NAME. Processes take classes in turn.
 
-    Interrupted, the same call goes on: a bundle of the same network, method and budget is not made again.
+    Interrupted, the same call goes on: a bundle of the same network, method, budget, images and prices is not
+    made again.
     Raises InputError for a method that does not make networks for tasks, before anything is trained.
     """
     if not isinstance(donor.method, Learner):
@@ -160,7 +162,7 @@ def learn_each(
         out / f"{k}-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}" for k, name in enumerate(names)
     ]
     sha256 = model_sha256(donor.graph.module)
-    waiting = [k for k, path in enumerate(paths) if overwrite or not _made(path, donor, budget, sha256)]
+    waiting = [k for k, path in enumerate(paths) if overwrite or not _made(path, k, donor, budget, sha256)]
     for k in waiting:
         Bundle.check_target(paths[k], overwrite=overwrite)
     own = waiting[shard.rank :: shard.world]
@@ -176,11 +178,21 @@ def learn_each(
     return [Bundle(path) for path in paths]
 
 
-def _made(path: Path, donor: Donor, budget: Budget, sha256: str) -> bool:
+def _made(path: Path, k: int, donor: Donor, budget: Budget, sha256: str) -> bool:
+    """Whether the bundle of class `k` is there, made by the same call."""
     if not (path / "plan.json").is_file():
         return False
-    plan = Bundle(path).plan()
-    return (plan.base_sha256, plan.budget, method_of(plan)) == (sha256, str(budget), donor.method)
+    bundle = Bundle(path)
+    plan = bundle.plan()
+    if (plan.base_sha256, plan.budget, method_of(plan)) != (sha256, str(budget), donor.method):
+        return False
+    asked = ask(donor.images, Wanted(classes=str(k)), donor.about["image_size"], _seed(donor))
+    wanted = {key: donor.about[key] for key in SAME} | {"task": asked.to_json()}
+    return bool({key: bundle.about.get(key) for key in wanted} == json.loads(json.dumps(wanted)))
+
+
+def _seed(donor: Donor) -> int:
+    return int(getattr(donor.method, "seed", 0))
 
 
 def keep(

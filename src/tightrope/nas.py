@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from tightrope import data as datasets
@@ -15,7 +16,7 @@ from tightrope.bundle import Bundle
 from tightrope.data import Data
 from tightrope.device import CLOCKS, conditions, open_device, time_ms, torch_threads
 from tightrope.errors import BudgetError, InputError
-from tightrope.graph import trace
+from tightrope.graph import Graph, trace
 from tightrope.learning import EVERYTHING, ask, keep
 from tightrope.lock import check_writable
 from tightrope.lower import lower
@@ -32,11 +33,13 @@ from tightrope.methods.binas.latency import METRIC, LatencyTable
 from tightrope.methods.binas.method import BinasMethod, chosen
 from tightrope.methods.binas.objective import Contributions, problem
 from tightrope.methods.binas.oneshot import OneShot
-from tightrope.methods.binas.regression import regression
+from tightrope.methods.binas.regression import pooled, regression
 from tightrope.methods.binas.space import Space
 from tightrope.methods.binas.supernet import Supernet
 from tightrope.models.mobilenet import MobileNet
+from tightrope.place import model_sha256
 from tightrope.program import base_cost
+from tightrope.recipe import Recipe
 from tightrope.shard import launch
 from tightrope.solve.staged import Answer, Choice
 from tightrope.types import Budget, Cost, Json
@@ -44,6 +47,7 @@ from tightrope.types import Budget, Cost, Json
 Progress = Callable[[str, int, int], None]
 Log = Callable[[Mapping[str, Json]], None]
 RUNS = 25
+TUNING = Recipe(batch_size=128, label=0.5, distill=0.5, temperature=1.0)  # of what is found
 LIMITED = (METRIC, *METRICS)
 
 
@@ -83,7 +87,9 @@ class Studied:
 
 @dataclass(frozen=True)
 class Found:
-    """`answers` best first as predicted; `validated` their accuracies in [0, 1] with inherited weights."""
+    """`answers`: the solver's, then the next best; `validated`: their accuracies in [0, 1] with inherited
+    weights.
+    """
 
     bundle: Bundle
     studied: Studied
@@ -159,8 +165,8 @@ def study(
         supernet, data, fit, images=some, file=work / "fitted.hits", progress=progress
     )
     held_out = accuracies.measure(supernet, data, rest, file=work / "networks.hits", progress=progress)
-    regressed = regression(space, table, paths)
-    compared = compare(space, means, regressed, method.passes * whole, fitted, held_out)
+    regressed, both = regression(space, table, paths), pooled(space, table, paths, fitted)
+    compared = compare(space, means, regressed, both, method.passes * whole, fitted, held_out)
     heaviest = oneshot.load_heaviest(work / "oneshot" / oneshot.HEAVIEST_FILE, space)
     return Studied(space, data, supernet, heaviest, means, errors, fitted, held_out, compared)
 
@@ -185,12 +191,15 @@ def find(
     is the largest network, trained alone. What does not depend on the budget is kept under `work` for the
     next one. None in all but the first of several processes that train together.
 
+    A bundle that the same call left while it was fine-tuned is returned as it is, to go on with.
+
     Raises a TightropeError before any training when the budget, the data or the latency table cannot be used.
     """
     limits = Budget.parse(budget)
     if unknown := sorted({limit.metric for limit in limits.limits} - set(LIMITED)):
         raise BudgetError("binas limits other quantities", got=unknown[0], allowed=LIMITED)
-    Bundle.check_target(out, overwrite=overwrite)
+    begun = None if overwrite else _begun(out, limits, method)
+    Bundle.check_target(out, overwrite=overwrite or begun is not None)
     check_writable(work, "another --work")
     images = datasets.load(data, root=root, image_size=image_size)
     work.mkdir(parents=True, exist_ok=True)
@@ -222,10 +231,10 @@ def find(
         baseline=cost(space, space.largest(), table, teacher),
         loss=1 - float(scored.mean[taken]),
         accuracy=float(scored.mean[taken]),
-        controls={"random networks of the space": float(studied.held_out.mean.mean())},
+        controls=_random(space, studied, table, resolved),
         front=_front(space, studied, table),
         shown=(_network(space, choices[taken]), _tried(answers, scored), _estimators(studied.compared)),
-        notes=_notes(method, answers[0], table, ms),
+        notes=_notes(method, answers[0], table, ms, resolved.get(METRIC)),
     )
     model = f"arch:{space.architecture(space.largest())}"
     about = {
@@ -233,10 +242,35 @@ def find(
         "data": datasets.located(data), "root": None if root is None else os.path.abspath(root),
         "image_size": image_size, "runtime": method.runtime, "pricing": {}, "task": None,
     }  # fmt: skip
-    bundle = Bundle.create(out, about, teacher, overwrite=overwrite)
-    asked = ask(images, EVERYTHING, image_size, method.seed)
-    keep(bundle, method, learned, asked, limits, model, trace(teacher, space.input_shape))
+    graph, bundle = trace(teacher, space.input_shape), begun
+    if bundle is None or not _same(bundle, about, learned, graph):
+        bundle = Bundle.create(out, about, teacher, overwrite=overwrite)
+        asked = ask(images, EVERYTHING, image_size, method.seed)
+        keep(bundle, method, learned, asked, limits, model, graph)
     return Found(bundle, studied, answers, [float(v) for v in scored.mean], taken, ms)
+
+
+def _begun(out: Path, limits: Budget, method: BinasMethod) -> Bundle | None:
+    """The bundle at `out` if it is of the same method and limits, and not fine-tuned to the end."""
+    if not (out / "plan.json").is_file() or (out / "accuracy.json").exists():
+        return None
+    bundle = Bundle.open(out)
+    plan = bundle.plan()
+    same = (plan.method, dict(plan.config), plan.budget) == (method.name, asdict(method), str(limits))
+    return bundle if same else None
+
+
+def _same(bundle: Bundle, about: Mapping[str, Json], learned: Learned, graph: Graph) -> bool:
+    """Whether it holds what was found, weights and all."""
+    plan, there = bundle.plan(), bundle.about
+    tensors = bundle.learned(plan)
+    return (
+        all(there.get(key) == value for key, value in about.items())
+        and plan.choices == learned.choices
+        and plan.base_sha256 == model_sha256(graph.module)
+        and tensors.keys() == learned.tensors.keys()
+        and all(torch.equal(tensors[name], learned.tensors[name]) for name in tensors)
+    )
 
 
 def time_network(space: Space, net: nn.Module, target: Target) -> float:
@@ -287,6 +321,18 @@ def _front(space: Space, studied: Studied, table: LatencyTable | None) -> tuple[
     return tuple(front)
 
 
+def _random(
+    space: Space, studied: Studied, table: LatencyTable | None, limits: Mapping[str, float]
+) -> dict[str, float]:
+    """Mean accuracy of the held-out networks that meet the limits."""
+    held_out = studied.held_out
+    costs = [cost(space, choice, table) for choice in held_out.choices]
+    meet = [all(getattr(c, metric) <= limit for metric, limit in limits.items()) for c in costs]
+    if not any(meet):
+        return {}
+    return {f"random networks within the limits, {sum(meet)}": float(held_out.mean[meet].mean())}
+
+
 def _network(space: Space, choice: Choice) -> Shown:
     rows = [
         (str(s + 1), str(space.stages[s].channels), " | ".join(str(space.options[k]) for k in options))
@@ -305,7 +351,9 @@ def _tried(answers: list[Answer], scored: Accuracies) -> Shown:
         for a, mean, error in zip(answers, scored.mean, scored.error, strict=True)
     ]
     columns = ("cost", "predicted", "validation, inherited weights")
-    return Shown(title="Candidates, best first as predicted", columns=columns, rows=tuple(rows))
+    return Shown(
+        title="Candidates: what the solver found, then the next best", columns=columns, rows=tuple(rows)
+    )
 
 
 def _estimators(compared: list[Compared]) -> Shown:
@@ -326,12 +374,18 @@ def _estimators(compared: list[Compared]) -> Shown:
 
 
 def _notes(
-    method: BinasMethod, best: Answer, table: LatencyTable | None, measured_ms: float | None
+    method: BinasMethod,
+    best: Answer,
+    table: LatencyTable | None,
+    measured_ms: float | None,
+    limit_ms: float | None,
 ) -> tuple[str, ...]:
     proved = f"gap {best.gap:.2g} points" if np.isfinite(best.gap) else "nothing is proved"
     notes = [f"solver {method.solver}: {proved}, of the estimator's accuracy, which is no measured one"]
     if table is not None:
         notes.append(f"milliseconds by the latency table of {table.conditions}")
     if measured_ms is not None:
-        notes.append(f"measured here: {measured_ms:.4g} ms")
+        over = limit_ms is not None and measured_ms > limit_ms
+        more = f", above the limit of {limit_ms:.4g}, which the prediction meets" if over else ""
+        notes.append(f"measured here: {measured_ms:.4g} ms{more}")
     return tuple(notes)

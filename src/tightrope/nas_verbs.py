@@ -93,9 +93,11 @@ def binas(
     solver: Annotated[str, typer.Option(help="pareto, milp, iqcp: exact; bcfw, evo: not.")] = "pareto",
     estimator: Annotated[
         str,
-        typer.Option(help="released, conditional, regression, linear, bilinear, or auto: what ranks best."),
+        typer.Option(
+            help="released, conditional, regression, pooled, linear, bilinear, or auto: what ranks best."
+        ),
     ] = "auto",
-    candidates: Annotated[int, typer.Option(help="Networks that are validated before one is taken.")] = 5,
+    candidates: Annotated[int, typer.Option(help="Networks that are validated before one is taken.")] = 10,
     device: Annotated[str, typer.Option(help="cpu (torch), cuda, onnx or openvino.")] = "onnx",
     threads: Annotated[int, typer.Option(help="Of the processor, within an op.")] = 1,
     batch: Annotated[int, typer.Option(help="Images that are timed together.")] = 1,
@@ -109,7 +111,7 @@ def binas(
     heaviest_epochs: Annotated[float | None, typer.Option(help="Of the largest network alone.")] = None,
     elastic_epochs: Annotated[float | None, typer.Option(help="Of all networks together.")] = None,
     norms: Annotated[str, typer.Option(help="Batch-norm of the supernet: path, or shared.")] = "path",
-    largest: Annotated[float, typer.Option(help="Share of a batch for the largest network.")] = 0.0,
+    largest: Annotated[float, typer.Option(help="Share of a batch for the largest network.")] = 0.125,
     passes: Annotated[int, typer.Option(help="Over the validation images, for every contribution.")] = 60,
     held_out: Annotated[int, typer.Option(help="Networks that estimators are judged on.")] = 100,
     epochs: Annotated[float, typer.Option(help="Of fine-tuning what is found; 0 for none.")] = 3.0,
@@ -128,7 +130,6 @@ def binas(
     from tightrope.methods.binas import resolve
     from tightrope.methods.binas.method import BinasMethod
     from tightrope.methods.binas.oneshot import ELASTIC, HEAVIEST, OneShot
-    from tightrope.recipe import Recipe
     from tightrope.report import explain
     from tightrope.types import atomic_write
 
@@ -153,7 +154,7 @@ def binas(
     if nodes > 1 and lut is None and "online_ms" in budget:
         raise InputError("machines that train together cannot all measure into one table", fix="--lut FILE")
     alone = on | {"devices": 1, "nodes": 1}
-    tuning = Recipe(epochs=epochs, **alone) if epochs else None
+    tuning = replace(nas.TUNING, epochs=epochs, **alone) if epochs else None
     target = nas.Target(
         device=device, threads=threads, batch=batch, clock=clock, table=lut, elsewhere=elsewhere
     )
@@ -175,10 +176,13 @@ def binas(
     atomic_write(place / "explain.html", lambda f: f.write(page))
     summary = _summary(view, result)
     write_json(out / "binas.json", summary)
-    if tuning is not None:
+    if tuning is None:
+        pipeline.apply_plan(result.bundle, warn=view.warn)
+    else:
         summary |= pipeline.train(result.bundle, tuning, log=show, warn=view.warn)
-        if test:
-            summary |= pipeline.test(result.bundle)
+    if test:
+        summary |= pipeline.test(result.bundle)
+    if tuning is not None or test:
         accuracies(view, summary)
     view.say(f"bundle: {out}   next: {shlex.join(['tightrope', 'run', str(out), '--runtime', 'plain'])}")
     view.say(f"what each decision contributes: {place / 'explain.html'}")

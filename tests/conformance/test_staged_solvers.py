@@ -6,13 +6,14 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tightrope.errors import BudgetError, InputError
+from tightrope.errors import BudgetError, InputError, TightropeError
 from tightrope.solve import evolution, frank_wolfe, pareto, staged_milp
 from tightrope.solve.staged import Choice, Stage, Staged
 
@@ -229,3 +230,24 @@ def test_a_frontier_claims_nothing_that_a_rounding_hides():
     assert problem.fits(best) and problem.gain(best) == 0.5
     found = pareto.frontier(problem).best(1.0)
     assert problem.fits(found.choice) and found.bound >= 0.5
+
+
+@pytest.mark.parametrize("solver", [frank_wolfe.solve, evolution.solve])
+def test_heuristics_start_where_no_cheapest_choice_meets_all_limits(solver):
+    costs = np.array([[[1.0, 10.0, 5.0]], [[10.0, 1.0, 5.0]]])
+    stage = Stage((1,), np.array([[1.0, 1.0, 0.0]]), np.zeros(1), costs)
+    assert solver(Staged((stage,), ("a", "b"), (6.0, 6.0), (0.0, 0.0))).choice == ((2,),)
+    with pytest.raises(BudgetError, match="together"):
+        solver(Staged((stage,), ("a", "b"), (4.0, 4.0), (0.0, 0.0)))
+
+
+def test_the_best_few_end_where_there_is_no_more_time(monkeypatch):
+    problem = Staged(
+        (Stage((1,), np.array([[1.0, 2.0, 3.0]]), np.zeros(1), np.ones((1, 1, 3))),), ("a",), (6.0,), (0.0,)
+    )
+    first = staged_milp.best(problem, 1)
+    late = SimpleNamespace(status=1, x=None, mip_dual_bound=None, message="time limit")
+    monkeypatch.setattr(staged_milp, "milp", lambda *_, **__: late)
+    assert staged_milp.best(problem, 2, found=[first[0].choice]) == []
+    with pytest.raises(TightropeError, match="in time"):
+        staged_milp.best(problem, 2)

@@ -14,7 +14,7 @@ from tightrope.methods.binas.estimators import agreement
 from tightrope.methods.binas.method import FORMULAS, SOLVERS, BinasMethod
 from tightrope.methods.binas.objective import Contributions, Formula, problem
 from tightrope.methods.binas.paths import same_path
-from tightrope.methods.binas.regression import encode, regression
+from tightrope.methods.binas.regression import encode, pooled, regression
 from tightrope.methods.binas.space import PRESETS
 from tightrope.report import explain
 
@@ -53,9 +53,11 @@ def contributions(error: float = 0.1) -> tuple[Contributions, Contributions]:
 
 
 def test_each_estimator_is_compared_on_the_same_networks():
-    found = compare(SPACE, contributions()[0], truth(), 1000, measured(60, 400, 1), measured(40, 2000, 2))
+    found = compare(
+        SPACE, contributions()[0], truth(), truth(), 1000, measured(60, 400, 1), measured(40, 2000, 2)
+    )
     assert [c.estimator.name for c in found] == [*FORMULAS, "quadratic", "mlp"]
-    assert [c.images for c in found] == [1000] * 3 + [24_000] * 4
+    assert [c.images for c in found] == [1000] * 3 + [25_000] + [24_000] * 4
     by_name = {c.estimator.name: c.agreement for c in found}
     assert by_name["conditional"].spearman > 0.85
     assert by_name["conditional"].mse < by_name["released"].mse  # which counts depth twice
@@ -73,10 +75,17 @@ def test_a_regression_on_single_evaluations_finds_what_they_were_drawn_from():
     paths = [drawn(SPACE, images, 0, k) for k in range(passes)]
     weights = np.concatenate([*(b.ravel() for b in gain.block), *gain.depth])
     share = [(75 + easy + encode(SPACE, path) @ weights) / 100 for path in paths]
-    found = regression(SPACE, generator.random((passes, images)) < np.stack(share), paths)
+    table = generator.random((passes, images)) < np.stack(share)
+    found = regression(SPACE, table, paths)
     choices = [SPACE.random(generator) for _ in range(200)]
     same = agreement(found.predict(SPACE, choices), gain.predict(SPACE, choices))
     assert same.spearman > 0.9 and same.mse < 1.5
+    # with networks on a tenth of the images, of as many evaluations again, it is nearer
+    networks = tuple(SPACE.random(generator) for _ in range(10 * passes))
+    shares = (gain.predict(SPACE, networks)[:, None] + easy[: images // 10]) / 100
+    both = pooled(SPACE, table, paths, Accuracies(networks, generator.random(shares.shape) < shares))
+    nearer = agreement(both.predict(SPACE, choices), gain.predict(SPACE, choices))
+    assert nearer.spearman > same.spearman and nearer.mse < 0.8 * same.mse
     assert encode(SPACE, same_path(SPACE, choices[0], 2))[1] @ weights + 75 == pytest.approx(
         gain.predict(SPACE, choices[:1])[0]
     )

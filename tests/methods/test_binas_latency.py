@@ -77,6 +77,11 @@ def test_the_calibrated_formula_is_the_solvers_cost():
     assert table.predict(SPACE, choice) == pytest.approx(float(staged.cost(choice)[0]))
 
 
+def test_a_table_whose_networks_are_slower_the_less_they_have_is_refused():
+    with pytest.raises(InputError, match="do not grow"):
+        filled(SPACE, 1, -0.1, 5.0).calibration(SPACE)
+
+
 def test_the_held_out_error_is_of_the_networks_that_were_not_fitted():
     table = filled(SPACE, 2, 1.0, 0.0)
     last = list(table.networks_ms)[-1]

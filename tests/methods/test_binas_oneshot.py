@@ -21,7 +21,16 @@ from tightrope.errors import BundleError, InputError
 from tightrope.evaluate import accuracy
 from tightrope.hints import Hints, Watch, mean_square
 from tightrope.methods.binas.extract import extract, inherit
-from tightrope.methods.binas.oneshot import OneShot, heaviest_network, load, save, train, watched
+from tightrope.methods.binas.oneshot import (
+    HEAVIEST_FILE,
+    OneShot,
+    heaviest_network,
+    load,
+    load_heaviest,
+    save,
+    train,
+    watched,
+)
 from tightrope.methods.binas.paths import same_path
 from tightrope.methods.binas.ranking import importance, reorder
 from tightrope.methods.binas.space import PRESETS
@@ -30,7 +39,7 @@ from tightrope.models.mobilenet import InvertedResidual
 
 PHASE = replace(QUICK, label=1.0, smoothing=0.1, distill=0.0, hints=0.0, epochs=2)
 SETTINGS = OneShot(
-    heaviest=PHASE, elastic=replace(PHASE, distill=1.0, temperature=1.0, hints=0.02), ranking=0.5
+    heaviest=PHASE, elastic=replace(PHASE, distill=1.0, temperature=1.0, hints=0.02), ranking=0.5, largest=0.0
 )
 LONGER = replace(SETTINGS, elastic=replace(SETTINGS.elastic, epochs=3))
 
@@ -76,6 +85,13 @@ def test_small_and_large_networks_learn_together(tmp_path: Path, norms: Any) -> 
     unread = textures(train=320, at=lambda: pytest.fail("read"))
     assert same(train(SPACE, unread, settings, folder=tmp_path), supernet)
     assert same(load(tmp_path / "supernet.safetensors", SPACE), supernet)
+    # The largest network is trained again where its file is gone, to the same weights.
+    heaviest = load_heaviest(tmp_path / HEAVIEST_FILE, SPACE)
+    (tmp_path / HEAVIEST_FILE).unlink()
+    with pytest.raises(InputError, match="no trained largest network"):
+        load_heaviest(tmp_path / HEAVIEST_FILE, SPACE)
+    train(SPACE, textures(train=320), settings, folder=tmp_path)
+    assert same(load_heaviest(tmp_path / HEAVIEST_FILE, SPACE), heaviest)
 
 
 @pytest.mark.parametrize("stop", [3, 12, 17, 23])  # heaviest; ranking; elastic, two epochs

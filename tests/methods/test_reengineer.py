@@ -378,5 +378,6 @@ def test_every_class_in_one_command_and_again_only_what_is_missing(tmp_path, mon
     assert json.loads(capsys.readouterr().out)["tasks"] == tasks  # the same task gives the same network
     after = {p: p.stat().st_mtime_ns for p in out.glob("*/plan.json")}
     assert [p.parent.name for p in before if before[p] != after[p]] == ["1-grey-dim"]
+    refused(monkeypatch, capsys, *base, "--runtime", "onnx", says="would be lost")  # another search
     other = ("search", "--budget", "drelus<=12%", "--classes", "each", "--out", tmp_path / "x")
     refused(monkeypatch, capsys, *other, says="--method reengineer")

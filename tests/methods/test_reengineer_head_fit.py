@@ -42,8 +42,9 @@ def net():
 
 def _by_epoch(search, bits):
     optimizer = torch.optim.Adam(search.head.parameters(), lr=search.settings.lr_head)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * search.per_epoch)
     for epoch in range(EPOCHS):
-        search.run(epoch, [optimizer], bits, None)
+        search.run(epoch, [optimizer], bits, None, schedule.step)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.solve.staged import Answer, Choice, Staged, answer, from_row, together
+from tightrope.solve.staged import Answer, Choice, Staged, answer, from_row
+from tightrope.solve.staged_milp import within
 from tightrope.types import FloatArray
 
 Genes = NDArray[np.int64]  # (P, depths of all stages, then options of all blocks)
@@ -29,12 +30,8 @@ def solve(
     mutation: float = 0.1,
     seed: int = 0,
 ) -> Answer:
-    """The best choice ever seen; nothing is proved. Raises BudgetError when no choice to start from fits."""
-    problem.check_feasible()
-    starts = [problem.cheapest(m) for m in range(len(problem.metrics))]
-    start = next((choice for choice in starts if problem.fits(choice)), None)
-    if start is None:
-        raise together(problem)
+    """The best choice ever seen; nothing is proved. Raises BudgetError when no choice fits."""
+    start = within(problem)
     evaluation = _Evaluation(problem)
     generator = np.random.default_rng(seed)
     people = np.repeat(evaluation.genes(start)[None], population, 0)

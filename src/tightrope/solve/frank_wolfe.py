@@ -17,7 +17,8 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from tightrope.errors import TightropeError
-from tightrope.solve.staged import Answer, Choice, Staged, answer, from_row, together
+from tightrope.solve.staged import Answer, Choice, Staged, answer, from_row
+from tightrope.solve.staged_milp import within
 from tightrope.types import FloatArray
 
 _FINAL = 100  # full steps at most
@@ -26,12 +27,8 @@ _ZERO = 1e-7
 
 
 def solve(problem: Staged, *, steps: int = 1000, seed: int = 0) -> Answer:
-    """A choice within the limits; nothing is proved. Raises BudgetError when no choice to start from fits."""
-    problem.check_feasible()
-    starts = [problem.cheapest(m) for m in range(len(problem.metrics))]
-    start = next((choice for choice in starts if problem.fits(choice)), None)
-    if start is None:
-        raise together(problem)
+    """A choice within the limits; nothing is proved. Raises BudgetError when no choice fits."""
+    start = within(problem)
     relaxed = _Relaxed(problem)
     alpha, beta = relaxed.point(start)
     generator = np.random.default_rng(seed)

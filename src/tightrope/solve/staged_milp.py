@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -65,14 +65,36 @@ def solve(problem: Staged, *, seconds: float = 60.0, excluded: Collection[Choice
     return answer(problem, fallback, bound)
 
 
+def within(problem: Staged) -> Choice:
+    """Some choice within all limits: the cheapest of one quantity if that fits, else whatever HiGHS finds.
+    Raises BudgetError when there is none.
+    """
+    problem.check_feasible()
+    single = [problem.cheapest(m) for m in range(len(problem.metrics))]
+    known = next((choice for choice in single if problem.fits(choice)), None)
+    if known is not None:
+        return known
+    worthless = [
+        replace(s, gain=np.zeros_like(s.gain), depth_gain=np.zeros_like(s.depth_gain)) for s in problem.stages
+    ]
+    return solve(replace(problem, stages=tuple(worthless), pair=None)).choice
+
+
 def best(problem: Staged, count: int, *, found: Sequence[Choice] = (), seconds: float = 60.0) -> list[Answer]:
-    """Up to `count` choices of most gain within all limits, apart from those `found` already, best first."""
+    """Up to `count` choices of most gain within all limits, apart from those `found` already, best first.
+
+    Where HiGHS needs longer than `seconds` for one, there are no more, but with none at all it is an error.
+    """
     answers: list[Answer] = []
     while len(answers) < count:
+        known = [*found, *(one.choice for one in answers)]
         try:
-            known = [*found, *(one.choice for one in answers)]
             answers.append(solve(problem, seconds=seconds, excluded=known))
         except BudgetError:  # there are no more
+            break
+        except TightropeError:
+            if not known:
+                raise
             break
     return answers
 

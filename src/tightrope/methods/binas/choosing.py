@@ -31,12 +31,13 @@ def compare(
     space: Space,
     measured: Contributions,
     regressed: Formula,
+    pooled: Formula,
     images: int,
     fitted: Accuracies,
     held_out: Accuracies,
 ) -> list[Compared]:
     """Every estimator on the held-out networks, in points of %. `images`: evaluations behind `measured` and
-    `regressed`.
+    `regressed`; behind `pooled` are these and `fitted`.
 
     The images of `fitted` may be a part of the others, easier or harder than they are: its accuracies are
     shifted to the mean of random networks that the contributions have.
@@ -45,6 +46,7 @@ def compare(
         (of_formula("released", space, formula(space, measured)), images),
         (of_formula("conditional", space, formula(space, measured, conditional=True)), images),
         (of_formula("regression", space, regressed), images),
+        (of_formula("pooled", space, pooled), images + fitted.hits.size),
     ]
     accuracy = PERCENT * (fitted.mean - fitted.mean.mean()) + measured.mean
     built += [(fit(space, fitted.choices, accuracy), fitted.hits.size) for fit in FITTED]

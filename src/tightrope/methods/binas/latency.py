@@ -125,6 +125,12 @@ class LatencyTable:
         n = self.fitted
         design = np.stack([raw, np.ones_like(raw)], 1) / measured[:, None]
         (slope, intercept), *_ = np.linalg.lstsq(design[:n], np.ones(n), rcond=None)
+        if slope <= 0:  # prices would be negative
+            raise InputError(
+                "the times of whole networks do not grow with those of their parts",
+                got=f"slope {slope:.3g}",
+                fix="measure again, on an idle machine or with --clock cpu",
+            )
         errors = np.abs(design @ (slope, intercept) - 1)[n:]
         return Calibration(
             float(slope), float(intercept), n, len(errors), float(errors.mean()), float(errors.max())

@@ -19,7 +19,7 @@ from tightrope.shard import Shard
 from tightrope.types import Budget, Json
 
 SOLVERS = ("pareto", "milp", "bcfw", "iqcp", "evo")
-FORMULAS = ("released", "conditional", "regression", "linear", "bilinear")  # that the solvers can optimise
+FORMULAS = ("released", "conditional", "regression", "pooled", "linear", "bilinear")  # for the solvers
 AUTO = "auto"
 
 
@@ -34,7 +34,7 @@ class BinasMethod:
 
     solver: str = "pareto"
     estimator: str = AUTO
-    candidates: int = 5
+    candidates: int = 10
     passes: int = 60
     held_out: int = 100
     seed: int = 0

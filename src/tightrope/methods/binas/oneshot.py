@@ -52,7 +52,8 @@ Log = Callable[[dict[str, float | int | str]], None]
 class OneShot:
     """How to train: `Recipe`s of both phases, `norms` of the supernet, the share of the training images that
     ranks channels. `elastic.hints` weighs the sum over the stem and the stages. `largest`: share of every
-    elastic batch that goes through the largest network (`WithLargest`; 0 as published).
+    elastic batch that goes through the largest network (`WithLargest`), which random ones leave behind; 0 as
+    published.
 
     Raises InputError for a share outside (0, 1], for `largest` outside [0, 1).
     """
@@ -61,7 +62,7 @@ class OneShot:
     elastic: Recipe = ELASTIC
     norms: Norms = "path"
     ranking: float = 0.1
-    largest: float = 0.0
+    largest: float = 0.125
 
     def __post_init__(self) -> None:
         if not 0 <= self.largest < 1:
@@ -85,7 +86,8 @@ def train(
     """The trained supernet, in evaluation mode on the CPU. The test split is not read.
 
     `folder` keeps HEAVIEST_FILE and supernet.safetensors, and where each phase stands: a call with the
-    same arguments goes on from there, to the same losses and weights, and a finished run is only loaded.
+    same arguments goes on from there, to the same losses and weights, and a finished run is only loaded (with
+    its heaviest network trained again where that file is gone).
     `log` gets the records of `finetune`, with "phase": heaviest or elastic; in the second, accuracies are
     those of random networks.
 
@@ -111,9 +113,9 @@ def train(
         "largest": settings.largest,
     }
     done = _finished(folder / "supernet.safetensors", space, both)
+    heaviest = _heaviest(space, data, settings, first, folder, log)
     if done is not None:
         return _restored(done, space)
-    heaviest = _heaviest(space, data, settings, first, folder, log)
     start = inherit(heaviest, space, settings.norms)
     start.drawn = WithLargest(space, settings.largest) if settings.largest else None
     supernet = finetune(

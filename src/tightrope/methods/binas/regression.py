@@ -11,8 +11,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from tightrope.methods.binas.accuracies import Accuracies
 from tightrope.methods.binas.contributions import PERCENT
 from tightrope.methods.binas.objective import Formula, split
+from tightrope.methods.binas.objective import encode as encode_choices
 from tightrope.methods.binas.paths import Paths
 from tightrope.methods.binas.rows import Hits
 from tightrope.methods.binas.space import Space
@@ -38,6 +40,28 @@ def regression(space: Space, table: Hits, paths: Iterable[Paths]) -> Formula:
     """Of hits (passes, images) and the paths of each pass, in points of %; the ridge has the least error on
     images that were left out.
     """
+    folds = _of_passes(space, table, paths)
+    return _fitted(space, table, folds, folds)
+
+
+def pooled(space: Space, table: Hits, paths: Iterable[Paths], networks: Accuracies) -> Formula:
+    """`regression` on the evaluations of whole networks as well, each of which counts as one of `table` does.
+    `networks` saw the first of the images; the ridge has the least error on images of `table` that were left
+    out.
+    """
+    folds = _of_passes(space, table, paths)
+    return _fitted(space, table, folds, folds + _of_networks(space, networks))
+
+
+def _fitted(space: Space, table: Hits, judged: FloatArray, folds: FloatArray) -> Formula:
+    errors = [sum(_error(folds, judged, f, ridge) for f in range(FOLDS)) for ridge in RIDGES]
+    weights, bias = _solve(folds.sum(0), RIDGES[int(np.argmin(errors))])
+    block, depth = split(space, weights)
+    return Formula(PERCENT * float(table.mean(dtype=np.float64)) + bias, depth, block)
+
+
+def _of_passes(space: Space, table: Hits, paths: Iterable[Paths]) -> FloatArray:
+    """Per fold, the sums of products of [features, 1, target] over all evaluations."""
     passes, images = table.shape
     of_image = table.mean(0, dtype=np.float64)
     fold = np.arange(images) % FOLDS
@@ -47,11 +71,23 @@ def regression(space: Space, table: Hits, paths: Iterable[Paths]) -> Formula:
         y = PERCENT * (row - of_image) * passes / (passes - 1)  # an image's mean contains the evaluation
         whole = np.hstack([x, np.ones((images, 1)), y[:, None]])
         grams.append(np.stack([whole[fold == f].T @ whole[fold == f] for f in range(FOLDS)]))
-    folds = np.sum(grams, 0)
-    errors = [sum(_error(folds, f, ridge) for f in range(FOLDS)) for ridge in RIDGES]
-    weights, bias = _solve(folds.sum(0), RIDGES[int(np.argmin(errors))])
-    block, depth = split(space, weights)
-    return Formula(PERCENT * float(of_image.mean()) + bias, depth, block)
+    total: FloatArray = np.sum(grams, 0)
+    return total
+
+
+def _of_networks(space: Space, networks: Accuracies) -> FloatArray:
+    """As `_of_passes`: every network has seen all of some images."""
+    count, images = networks.hits.shape
+    x = np.hstack([*encode_choices(space, networks.choices), np.ones((count, 1))])
+    y = PERCENT * (networks.hits - networks.hits.mean(0, dtype=np.float64)) * count / (count - 1)
+    fold, grams = np.arange(images) % FOLDS, []
+    for f in range(FOLDS):
+        some = y[:, fold == f]
+        target = some.sum(1)
+        gram = np.block([[x.T @ x * some.shape[1], (x.T @ target)[:, None]], [target @ x, np.zeros(1)]])
+        gram[-1, -1] = (some**2).sum()
+        grams.append(gram)
+    return np.stack(grams)
 
 
 def _solve(gram: FloatArray, ridge: float) -> tuple[FloatArray, float]:
@@ -62,8 +98,8 @@ def _solve(gram: FloatArray, ridge: float) -> tuple[FloatArray, float]:
     return weights, float(target - mean @ weights)
 
 
-def _error(folds: FloatArray, left_out: int, ridge: float) -> float:
-    """Of the squares on one fold, fitted to the others."""
+def _error(folds: FloatArray, judged: FloatArray, left_out: int, ridge: float) -> float:
+    """Of the squares on one fold of `judged`, fitted to the others of `folds`."""
     weights, bias = _solve(folds.sum(0) - folds[left_out], ridge)
     whole = np.array([*weights, bias, -1.0])
-    return float(whole @ folds[left_out] @ whole)
+    return float(whole @ judged[left_out] @ whole)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tightrope.data import Data
+from tightrope.data.base import Split
 from tightrope.methods.reengineer.head_fit import fit_head
 from tightrope.methods.reengineer.search import STRIDE, Search, Settings
 from tightrope.nn.group_max import GroupMax
@@ -43,16 +44,30 @@ def magnitude(masked: Masked, keep: int) -> Bits:
     return _largest({name: parameters[name].detach().abs() for name in masked.names}, keep)
 
 
-def snip(masked: Masked, search: Search, keep: int) -> Bits:
+def magnitude_per_layer(masked: Masked, keep: int) -> Bits:
+    """Masks of the largest weights of every tensor, the same share of each: `keep` in all, but for rounding.
+    No layer is cut off.
+    """
+    parameters = dict(masked.model.named_parameters())
+    share, found = keep / masked.total, Bits()
+    for name in masked.names:
+        values = {name: parameters[name].detach().abs()}
+        found |= _largest(values, max(1, round(share * values[name].numel())))
+    return found
+
+
+def snip(search: Search, keep: int) -> Bits:
     """Masks of the `keep` weights with the largest |w dL/dw| (Lee et al. 2019) on a few training batches."""
+    masked = search.masked
     ones = {name: torch.ones_like(masked.model.get_parameter(name)) for name in masked.names}
     leaves = {name: bits.requires_grad_() for name, bits in ones.items()}
     batches = search.data.batches(
         "train", 64, shuffle=True, seed=search.settings.seed, limit=64 * SNIP_BATCHES
     )
-    for x, y in batches:
-        x, y = x.to(masked.device), y.to(masked.device)
-        torch.autograd.backward(F.cross_entropy(masked(x, masked.effective(leaves)), y))
+    with search.seeded(search.settings.seed):
+        for batch in batches:
+            x, y = search.placed(*batch)
+            torch.autograd.backward(F.cross_entropy(masked(x, masked.effective(leaves)), y))
     return _largest({name: leaf.grad.abs() for name, leaf in leaves.items() if leaf.grad is not None}, keep)
 
 
@@ -80,28 +95,33 @@ def fine_tuned(model: nn.Module, data: Data, settings: Settings, epochs: int) ->
     return net.requires_grad_(False).cpu()
 
 
-def with_new_head(fresh: Callable[[], Search], keep: int, epochs: int) -> dict[str, float]:
-    """Accuracies with the same head: `head_only` keeps every weight, `magnitude` and `snip` keep `keep`.
-    `fresh` gives a search whose head is at its start; masks are per weight.
+def with_new_head(
+    fresh: Callable[[], Search], keep: int, epochs: int, splits: Sequence[Split] = ("validation",)
+) -> dict[str, tuple[float, ...]]:
+    """Accuracies on `splits` of frozen networks under the same kind of head, trained for `epochs`, after the
+    last: `head_only` keeps every weight; `magnitude`, `magnitude_per_layer` and `snip` keep `keep` of them,
+    chosen at once. `fresh` gives a search whose head is at its start; masks are per weight.
     """
     found = {}
     kinds: dict[str, Callable[[Search], Bits]] = {
         "head_only": lambda s: {},
         "magnitude": lambda s: magnitude(s.masked, keep),
-        "snip": lambda s: snip(s.masked, s, keep),
+        "magnitude_per_layer": lambda s: magnitude_per_layer(s.masked, keep),
+        "snip": lambda s: snip(s, keep),
     }
     for name, masks in kinds.items():
         search = fresh()
         bits = masks(search)
         fit_head(search, bits, epochs)
-        found[name] = search.accuracy(bits)
+        found[name] = tuple(search.accuracy(bits, split) for split in splits)
     return found
 
 
 def controls(
     fresh: Callable[[], Search], keep: int, epochs: int, score: Callable[[nn.Module], float]
 ) -> dict[str, float]:
-    """`with_new_head`, and `fine_tuned`, whose weights are all trained."""
+    """Validation accuracies of `with_new_head`, and `fine_tuned`, whose weights are all trained."""
     search = fresh()
     tuned = fine_tuned(search.headed.model, search.data, search.settings, epochs)
-    return with_new_head(fresh, keep, epochs) | {"fine_tuned": score(tuned)}
+    heads = with_new_head(fresh, keep, epochs)
+    return {name: value for name, (value,) in heads.items()} | {"fine_tuned": score(tuned)}

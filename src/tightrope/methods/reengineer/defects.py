@@ -19,7 +19,6 @@ from tightrope.errors import InputError
 from tightrope.graph import Graph
 from tightrope.methods import Progress
 from tightrope.methods.reengineer.attacks import Attack, feature_attack, features, label_attack
-from tightrope.methods.reengineer.head_fit import fit_head
 from tightrope.methods.reengineer.heads import attach
 from tightrope.methods.reengineer.method import ReengineerMethod
 from tightrope.methods.reengineer.search import STRIDE
@@ -142,7 +141,7 @@ def search_mask(graph: Graph, data: Data, settings: Study) -> Bits:
         lr_mask=settings.lr_mask, lr_head=0.001, seed=settings.seed,
     )  # fmt: skip
     search = method.searches(graph, len(data.classes), (), data)()
-    fit_head(search, search.masked.snapshot(), 1)
+    search.run(0, [o for o in search.adam()[:1] if o is not None], search.masked.snapshot(), None)
     optimizers = [o for o in search.adam() if o is not None]
     for epoch in range(1, settings.search_epochs + 1):
         search.run(epoch, optimizers, None, search.share(settings.alpha))

@@ -16,16 +16,18 @@ BATCH = 500
 
 
 def fit_head(search: Search, bits: Bits, epochs: int) -> None:
-    """Train a search's head for so many epochs on fixed masks; a head that does not learn stays.
+    """Train a search's head for so many epochs on fixed masks, by a learning rate that falls to zero like a
+    cosine; a head that does not learn stays.
 
     Images that augmentation or dropout changes, or that are too many, go through the network in every epoch.
     """
     if not search.headed.trained:
         return
     optimizer = torch.optim.Adam(search.head.parameters(), lr=search.settings.lr_head)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * search.per_epoch))
     if _changes(search) or 4 * search.data.size("train") * search.head.in_features > MOST_BYTES:
         for epoch in range(epochs):
-            search.run(epoch, [optimizer], bits, None)
+            search.run(epoch, [optimizer], bits, None, schedule.step)
         return
     inputs, labels, soft = _inputs(search, bits)
     seed = search.settings.seed * STRIDE
@@ -50,7 +52,7 @@ def _inputs(search: Search, bits: Bits) -> tuple[Tensor, Tensor, Tensor | None]:
     labels, soft = [], []
 
     def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0])
+        seen.append(inputs[0].clone())
 
     handle = search.head.register_forward_pre_hook(see)
     try:

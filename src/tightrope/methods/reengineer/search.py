@@ -258,7 +258,7 @@ class Search:
         """Scores from just above 0 to 1 by |dL/d mask| on a few batches (Lee et al. 2019, SNIP)."""
         ones = {name: torch.ones_like(score).requires_grad_() for name, score in self.masked.scores.items()}
         few = self.data.batches("train", 64, shuffle=True, seed=self.settings.seed, limit=64 * ORDER_BATCHES)
-        with self._seeded(self.settings.seed):
+        with self.seeded(self.settings.seed):
             for x, y in few:
                 x, y = self.placed(x, y)
                 loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
@@ -310,7 +310,7 @@ class Search:
         after: Callable[[], object] = lambda: None,
     ) -> None:
         """One epoch; `after` is called after every step."""
-        with self._seeded(self.settings.seed * STRIDE + epoch):
+        with self.seeded(self.settings.seed * STRIDE + epoch):
             for batch in self._batches(epoch):
                 x, y = self.placed(*batch)
                 bits = self.masked.bits() if fixed is None else fixed
@@ -350,7 +350,7 @@ class Search:
         return x.to(self.masked.device), y.to(self.masked.device)
 
     @contextmanager
-    def _seeded(self, seed: int) -> Iterator[None]:
+    def seeded(self, seed: int) -> Iterator[None]:
         """Dropout draws from here on by the seed alone."""
         device = self.masked.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

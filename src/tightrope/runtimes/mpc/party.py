@@ -116,22 +116,25 @@ class Party:
     def play(
         self, handlers: Mapping[type[Step], Callable[..., None]], batch: Batch, *, online: bool
     ) -> PhaseReport:
-        """Run every step that has a handler, then wait until all frames have left."""
+        """Run every step that has a handler, then wait until all frames have left. What a step takes includes
+        letting go of what nobody needs after it."""
         self.drelus = {}
         spent: dict[str, float] = {}
         rounds = []
-        start = time.perf_counter()
+        start = before = time.perf_counter()
         for step in self.schedule.steps:
             handler = handlers.get(type(step))
             if handler is not None:
-                before = time.perf_counter()
                 handler(self, step, batch)
-                spent[step.op] = spent.get(step.op, 0.0) + (time.perf_counter() - before) * 1e3
             for name in self.schedule.finished[step.index]:
                 if name.startswith(MASK):
                     batch.masks.pop(name.removeprefix(MASK), None)
                 elif online:  # shares made offline are still needed online
                     batch.wires.pop(name, None)
+            now = time.perf_counter()
+            if handler is not None:
+                spent[step.op] = spent.get(step.op, 0.0) + (now - before) * 1e3
+            before = now
             rounds.append(self.clock.round)
         for channel in self.channels.values():
             channel.flush()
