@@ -33,6 +33,7 @@ from tightrope import data as datasets
 from tightrope import nas
 from tightrope.evaluate import accuracy
 from tightrope.finetune import finetune
+from tightrope.measure import ROWS, VISITS
 from tightrope.methods.binas import accuracies, oneshot, resolve
 from tightrope.methods.binas.choosing import candidates, pick
 from tightrope.methods.binas.extract import extract
@@ -45,7 +46,7 @@ from tightrope.types import atomic_write
 
 COMMAND = "python benchmarks/bench_binas.py"
 REDUCED = "--reduced" in sys.argv
-VISITS, PAUSE_S = 6, 1.0 if REDUCED else 15.0
+PAUSE_S = 1.0 if REDUCED else 10.0
 LIMITS, RANDOM = (2, 2) if REDUCED else (5, 10)
 SPACE, TARGET = resolve("fashion"), nas.Target(device="onnx", clock="cpu")
 USUAL = oneshot.OneShot()
@@ -110,13 +111,13 @@ def at_limit(table: Any, limit: float, generator: np.random.Generator) -> list[C
 
 
 def times_ms(nets: list[nn.Module]) -> list[float]:
-    """Of the networks in turns, as far apart as the visits to a block are: this machine is slowed for up to
-    minutes."""
+    """Of the networks in turns: as many visits and rows as a latency table has of each part, apart as those
+    are, since this machine is slowed for up to minutes."""
     visits = []
     for visit in range(VISITS):
         if visit:
             time.sleep(PAUSE_S)
-        visits.append([nas.time_network(SPACE, net, TARGET) for net in nets])
+        visits.append([nas.time_network(SPACE, net, TARGET, ROWS) for net in nets])
     return [min(times) for times in zip(*visits, strict=True)]
 
 

@@ -273,11 +273,11 @@ def _same(bundle: Bundle, about: Mapping[str, Json], learned: Learned, graph: Gr
     )
 
 
-def time_network(space: Space, net: nn.Module, target: Target) -> float:
-    """Milliseconds per image: the least median of as many rows of runs as a latency table has of each."""
+def time_network(space: Space, net: nn.Module, target: Target, rows: int = ROWS * VISITS) -> float:
+    """Milliseconds per image: the least median of so many rows of runs, by default as a table has of each."""
     run = open_device(target.device, target.threads).load(net, space.input_shape, target.batch)
     with torch_threads(target.threads):
-        timing = time_ms(run, RUNS, target.clock, rows=ROWS * VISITS, row_seconds=ROW_SECONDS)
+        timing = time_ms(run, RUNS, target.clock, rows=rows, row_seconds=ROW_SECONDS)
     return timing.median_ms / target.batch
 
 
