@@ -48,6 +48,7 @@ from tightrope.methods.seesaw import SeesawMethod
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.space import Architecture, Block, Space
 from tightrope.program import base_cost
+from tightrope.runtimes import Estimate
 from tightrope.runtimes.mpc import MPC
 from tightrope.shard import launch
 from tightrope.types import Budget, Cost, Measurement, total
@@ -254,11 +255,12 @@ def rows(results: Mapping[Job, Json], size: Size, data: Data, work: Path) -> lis
     return found
 
 
-def timed(size: Size, learned: Mapping[str, Learned], data: Data) -> list[Json]:
+def timed(size: Size, learned: Mapping[str, Learned], data: Data, work: Path) -> list[Json]:
     """One image at a time under mpc, on loopback: what its cost model says by the machine's profile, and what
     it takes. Predictions come first; then the networks take turns, as a machine may be slower for minutes.
     """
     profile = MPC().calibrate()
+    (work / "profile.json").write_text(json.dumps(profile))
     pricing = MPC().pricing(profile=profile)
     graph = trace(models.resolve("demo"), data.input_shape)
     programs, expected = {}, {}
@@ -292,14 +294,14 @@ def timed(size: Size, learned: Mapping[str, Learned], data: Data) -> list[Json]:
     return found
 
 
-def by_kind(expected: Measurement, runs: list[Measurement]) -> list[str]:
+def by_kind(expected: Estimate, runs: list[Measurement]) -> list[str]:
     """Milliseconds by kind of op, predicted and measured, and what no op has."""
     kinds: dict[str, list[float]] = {}
-    for one in expected.ops:
-        kinds.setdefault(one.kind, [0, 0.0, 0.0])[1] += one.cost.online_ms
-        kinds[one.kind][0] += 1
     for k, one in enumerate(runs[0].ops):
-        kinds[one.kind][2] += statistics.median(run.ops[k].cost.online_ms for run in runs)
+        of_kind = kinds.setdefault(one.kind, [0.0, 0.0, 0.0])
+        of_kind[0] += 1
+        of_kind[1] += expected.ops[one.op].online_ms
+        of_kind[2] += statistics.median(run.ops[k].cost.online_ms for run in runs)
     left = statistics.median(r.total.online_ms - sum(o.cost.online_ms for o in r.ops) for r in runs)
     rows = [f"{kind}, {n:g}: {one:.2f} predicted, {seen:.2f}" for kind, (n, one, seen) in kinds.items()]
     return [*rows, f"of no op: {left:.2f}"]
@@ -326,7 +328,7 @@ def main() -> None:
     if options.times:
         every = itertools.product(size.budgets, range(size.seeds))
         learned = {f"drelus<={n}, search {seed}": searched(n, seed, size, options.work) for n, seed in every}
-        found = timed(size, learned, data)
+        found = timed(size, learned, data, options.work)
         write(f"{name}_times", [{"issue": 6, "command": f"{command} --times", **r} for r in found])
         return
     context = multiprocessing.get_context("spawn")
