@@ -4,9 +4,10 @@
     python benchmarks/bench_reengineer.py --finished     # times of the networks that are there, and rows
 
 ResNet-20 and a VGG-16 of a quarter of the published widths, one donor each, on a GPU if there is one.
-Validation data select; the test split is read once per finished run. Controls (new head, fine-tuning,
-magnitude, SNIP) train for as many epochs as the search. Networks of whole channels are then fine-tuned with
-the donor, which answers within the task, as teacher. Times are measured last, one network after the other.
+Validation data select; the test split is read once per finished run, and once for its controls. These (new
+head, fine-tuning, magnitude, SNIP) train for as many epochs as the search. Networks of whole channels are then
+fine-tuned with the donor, which answers within the task, as teacher. Times are measured last, one network
+after the other.
 `--scratch` trains networks of the same shapes from random weights too, for as many epochs as search and
 fine-tuning together. `--controls` adds those of the annealed masks to finished runs, on the CPU: heads for
 as many epochs as the search; fine-tuning, the same for every mask, for TUNED. A run that fails leaves
@@ -270,7 +271,8 @@ def rows(found: dict[Job, Json]) -> list[Json]:
             result.append(row(f"{what}: weights kept, <= 15 %", 100 * kept, "%", kept <= 0.15))
         for name in sorted(set.intersection(*(set(r["controls"]) for r in runs))):
             value = 100 * statistics.mean(r["controls"][name] for r in runs)
-            result.append(row(f"{what}: validation accuracy of {name} (no bar)", value, "%"))
+            where = ", on the CPU" if all(name in r.get("test_controls", ()) for r in runs) else ""
+            result.append(row(f"{what}: validation accuracy of {name}{where} (no bar)", value, "%"))
         for name in runs[0].get("test_controls", {}) if all("test_controls" in r for r in runs) else ():
             value = 100 * statistics.mean(r["test_controls"][name] for r in runs)
             result.append(row(f"{what}: test accuracy of {name}, on the CPU (no bar)", value, "%"))
@@ -354,7 +356,7 @@ def table(options: argparse.Namespace, data: Data, jobs: list[Job], failed: list
     command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs}"
     command += f" --budget '{options.budget}' --donor-epochs {options.donor_epochs} --seeds {options.seeds}"
     command += " --scratch" if options.scratch else ""
-    command += " --controls" if any("test_controls" in one for one in found.values()) else ""
+    command += f"; {command} --controls" if any("test_controls" in one for one in found.values()) else ""
     whole = options.modes == list(MODES)
     if not whole:
         command += f" --modes {' '.join(options.modes)} --tasks {' '.join(options.tasks)}"

@@ -133,7 +133,7 @@ def other_gates(space: Space, network: Architecture) -> list[Architecture]:
         )
         if tried != network and (count := space.drelus(tried)) <= space.drelus(network):
             found.setdefault(count, []).append(tried)
-    return found[max(found)] if found else [network]  # one without any gate has no others
+    return found[max(found)] if found else [network]  # there are no others
 
 
 def random_gates(space: Space, network: Architecture, seed: int) -> Architecture:

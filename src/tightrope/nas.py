@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tightrope import data as datasets
-from tightrope.bundle import Bundle
+from tightrope.bundle import RESULTS, Bundle
 from tightrope.data import Data
 from tightrope.device import CLOCKS, conditions, open_device, time_ms, torch_threads
 from tightrope.errors import BudgetError, InputError
@@ -49,6 +49,7 @@ Log = Callable[[Mapping[str, Json]], None]
 RUNS = 25
 TUNING = Recipe(batch_size=128, label=0.5, distill=0.5, temperature=1.0)  # of what is found
 LIMITED = (METRIC, *METRICS)
+BEGINNINGS = {"search.json", "checkpoint.safetensors"}  # of a bundle that is being fine-tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,12 +194,19 @@ def find(
 
     A bundle that the same call left while it was fine-tuned is returned as it is, to go on with.
 
-    Raises a TightropeError before any training when the budget, the data or the latency table cannot be used.
+    Raises a TightropeError before any training when the budget, the data or the latency table cannot be used;
+    at the end where the bundle at `out` turns out to be of another training.
     """
     limits = Budget.parse(budget)
     if unknown := sorted({limit.metric for limit in limits.limits} - set(LIMITED)):
         raise BudgetError("binas limits other quantities", got=unknown[0], allowed=LIMITED)
-    begun = None if overwrite else _begun(out, limits, method)
+    about: dict[str, Json] = {
+        "model": f"arch:{space.architecture(space.largest())}", "num_classes": space.classes,
+        "in_channels": space.input_shape[0], "data": datasets.located(data),
+        "root": None if root is None else os.path.abspath(root), "image_size": image_size,
+        "runtime": method.runtime, "pricing": {}, "task": None,
+    }  # fmt: skip
+    begun = None if overwrite else _begun(out, limits, method, about)
     Bundle.check_target(out, overwrite=overwrite or begun is not None)
     check_writable(work, "another --work")
     images = datasets.load(data, root=root, image_size=image_size)
@@ -236,37 +244,32 @@ def find(
         shown=(_network(space, choices[taken]), _tried(answers, scored), _estimators(studied.compared)),
         notes=_notes(method, answers[0], table, ms, resolved.get(METRIC)),
     )
-    model = f"arch:{space.architecture(space.largest())}"
-    about = {
-        "model": model, "num_classes": space.classes, "in_channels": space.input_shape[0],
-        "data": datasets.located(data), "root": None if root is None else os.path.abspath(root),
-        "image_size": image_size, "runtime": method.runtime, "pricing": {}, "task": None,
-    }  # fmt: skip
     graph, bundle = trace(teacher, space.input_shape), begun
-    if bundle is None or not _same(bundle, about, learned, graph):
+    if bundle is None or not _same(bundle, learned, graph):
         bundle = Bundle.create(out, about, teacher, overwrite=overwrite)
         asked = ask(images, EVERYTHING, image_size, method.seed)
-        keep(bundle, method, learned, asked, limits, model, graph)
+        keep(bundle, method, learned, asked, limits, about["model"], graph)
     return Found(bundle, studied, answers, [float(v) for v in scored.mean], taken, ms)
 
 
-def _begun(out: Path, limits: Budget, method: BinasMethod) -> Bundle | None:
-    """The bundle at `out` if it is of the same method and limits, and not fine-tuned to the end."""
-    if not (out / "plan.json").is_file() or (out / "accuracy.json").exists():
+def _begun(out: Path, limits: Budget, method: BinasMethod, about: Mapping[str, Json]) -> Bundle | None:
+    """The bundle at `out` if it is of the same method, limits and images, and holds no results yet."""
+    results = [name for name in RESULTS if (out / name).exists()]
+    if not (out / "plan.json").is_file() or not set(results) <= BEGINNINGS:
         return None
     bundle = Bundle.open(out)
-    plan = bundle.plan()
-    same = (plan.method, dict(plan.config), plan.budget) == (method.name, asdict(method), str(limits))
-    return bundle if same else None
-
-
-def _same(bundle: Bundle, about: Mapping[str, Json], learned: Learned, graph: Graph) -> bool:
-    """Whether it holds what was found, weights and all."""
     plan, there = bundle.plan(), bundle.about
+    same = (plan.method, dict(plan.config), plan.budget) == (method.name, asdict(method), str(limits))
+    return bundle if same and all(there.get(key) == value for key, value in about.items()) else None
+
+
+def _same(bundle: Bundle, learned: Learned, graph: Graph) -> bool:
+    """Whether it holds what was found, weights, prices and all."""
+    plan = bundle.plan()
     tensors = bundle.learned(plan)
     return (
-        all(there.get(key) == value for key, value in about.items())
-        and plan.choices == learned.choices
+        plan.choices == learned.choices
+        and (plan.predicted, plan.baseline) == (learned.predicted, learned.baseline)
         and plan.base_sha256 == model_sha256(graph.module)
         and tensors.keys() == learned.tensors.keys()
         and all(torch.equal(tensors[name], learned.tensors[name]) for name in tensors)

@@ -83,7 +83,7 @@ def within(problem: Staged) -> Choice:
 def best(problem: Staged, count: int, *, found: Sequence[Choice] = (), seconds: float = 60.0) -> list[Answer]:
     """Up to `count` choices of most gain within all limits, apart from those `found` already, best first.
 
-    Where HiGHS needs longer than `seconds` for one, there are no more, but with none at all it is an error.
+    Where HiGHS finds none in `seconds`, there are no more; TightropeError if none at all is known then.
     """
     answers: list[Answer] = []
     while len(answers) < count:

@@ -34,10 +34,9 @@ def fit_head(search: Search, bits: Bits, epochs: int) -> None:
     for epoch in range(epochs):
         order, _ = epoch_order(len(labels), shuffle=True, seed=seed + epoch, limit=None, rank=0, world=1)
         for part in torch.split(order.to(labels.device), search.settings.batch_size):
-            outputs = search.head(inputs[part])
-            search.learn(
-                search.loss(outputs, labels[part], None if soft is None else soft[part]), [optimizer]
-            )
+            taught = None if soft is None else soft[part]
+            search.learn(search.loss(search.head(inputs[part]), labels[part], taught), [optimizer])
+            schedule.step()
 
 
 def _changes(search: Search) -> bool:

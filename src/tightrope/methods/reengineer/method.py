@@ -158,7 +158,7 @@ class ReengineerMethod:
             net = _plain(search.headed, masked, state.bits, state.head, graph.input_shape)
             return lower(net, graph.input_shape)
 
-        times: dict[int, float] = {}  # of an epoch: once, so that the plan says what was judged
+        times: dict[int, float] = {}  # of an epoch, measured once a call
 
         def ms(state: State) -> float:
             if state.epoch not in times:
