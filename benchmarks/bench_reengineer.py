@@ -5,9 +5,9 @@
 
 ResNet-20 and a VGG-16 of a quarter of the published widths, one donor each, on a GPU if there is one.
 Validation data select; the test split is read once per finished run, and once for its controls. These (new
-head, fine-tuning, magnitude, SNIP) train for as many epochs as the search. Networks of whole channels are then
-fine-tuned with the donor, which answers within the task, as teacher. Times are measured last, one network
-after the other.
+head, fine-tuning, magnitude, SNIP) train for as many epochs as the search. Networks of whole channels are
+then fine-tuned with the donor, which answers within the task, as teacher. Times are measured last, one
+network after the other.
 `--scratch` trains networks of the same shapes from random weights too, for as many epochs as search and
 fine-tuning together. `--controls` adds those of the annealed masks to finished runs, on the CPU: heads for
 as many epochs as the search; fine-tuning, the same for every mask, for TUNED. A run that fails leaves
