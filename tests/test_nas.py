@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,21 +117,34 @@ def test_the_whole_way_and_a_second_budget(here, monkeypatch, capsys):
     assert plan.predicted.weights <= 0.9 * plan.baseline.weights
     assert Bundle.open(here / "second").program().ops  # to be run, though nothing was fine-tuned
 
-    # interrupted while it is fine-tuned, the same command goes on; a third time there is nothing to do
-    third = words(here, *lut, "-b", "online_ms<=80%", "--out", here / "third")
+    # interrupted after an epoch of fine-tuning, the same command goes on; other ones would lose that
+    third = words(here, *lut, "-b", "online_ms<=80%", "--epochs", "2", "--out", here / "third")
     with monkeypatch.context() as patch:
-        patch.setattr("tightrope.pipeline.finetune", interrupted)
+        patch.setattr(Bundle, "log", interrupted)
         assert call(monkeypatch, *third) == 130
     plan = (here / "third" / "plan.json").stat().st_mtime_ns
+    capsys.readouterr()
+    refused(monkeypatch, capsys, *third, "--seed", "1", says="would be lost")
     assert call(monkeypatch, *third) == 0
     assert (here / "third" / "plan.json").stat().st_mtime_ns == plan
-    assert "validation" in Bundle.open(here / "third").accuracy()
+    logged = (here / "third" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in logged] == [2]
+    bundle = Bundle.open(here / "third")
+    (name,) = (n for n in bundle.record()["controls"] if "random" in n)
+    assert name.startswith("random networks within the limits, ") and not name.endswith(" 12")  # of all
     capsys.readouterr()
     refused(monkeypatch, capsys, *third, says="would be lost")
 
 
 def interrupted(*_, **__):
     raise KeyboardInterrupt
+
+
+def test_a_time_above_the_limit_is_said():
+    table = SimpleNamespace(conditions="here")
+    best = SimpleNamespace(gap=0.0)
+    assert "above the limit of 1," in nas._notes(BinasMethod(), best, table, 1.5, 1.0)[-1]
+    assert "above" not in nas._notes(BinasMethod(), best, table, 0.9, 1.0)[-1]
 
 
 def test_limits_are_refused_before_any_training(here, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from torch import nn
 from tightrope.data import load, parse_task, view
 from tightrope.graph import trace
 from tightrope.methods.reengineer import ReengineerMethod, head_fit
-from tightrope.methods.reengineer.controls import magnitude
+from tightrope.methods.reengineer.controls import magnitude, magnitude_per_layer
 from tightrope.models.resnet import ResNet
 
 DATA = load("embedded")
@@ -81,6 +81,16 @@ def test_every_epoch_where_what_the_head_sees_changes_or_is_too_much(net, monkey
     network = WithDropout() if why == "dropout" else net
     search = _searches(network, augment=why == "augmentation")()
     assert _passes(search) == EPOCHS
+
+
+def test_the_same_share_of_every_layer(net):
+    masked = _searches(net)().masked
+    bits = magnitude_per_layer(masked, masked.total // 4)
+    for name in masked.names:
+        values = masked.model.get_parameter(name).abs()
+        kept, most = values[bits[name]], round(values.numel() / 4)
+        assert abs(len(kept) - max(1, most)) <= 1
+        assert kept.min() >= values[~bits[name]].max()
 
 
 def test_a_head_that_does_not_learn_stays(net):
