@@ -356,10 +356,10 @@ def table(options: argparse.Namespace, data: Data, jobs: list[Job], failed: list
     command = f"python benchmarks/bench_reengineer.py --epochs {options.epochs}"
     command += f" --budget '{options.budget}' --donor-epochs {options.donor_epochs} --seeds {options.seeds}"
     command += " --scratch" if options.scratch else ""
-    command += f"; {command} --controls" if any("test_controls" in one for one in found.values()) else ""
     whole = options.modes == list(MODES)
     if not whole:
         command += f" --modes {' '.join(options.modes)} --tasks {' '.join(options.tasks)}"
+    command += f"; {command} --controls" if any("test_controls" in one for one in found.values()) else ""
     write(
         "reengineer" if whole else f"reengineer_{'_'.join(options.modes)}",
         [{"issue": 4, "command": command, **r} for r in [*rows(found), *failed]],
