@@ -31,6 +31,7 @@ from torch import nn
 import _rows
 from tightrope import data as datasets
 from tightrope import nas
+from tightrope.bundle import write_json
 from tightrope.evaluate import accuracy
 from tightrope.finetune import finetune
 from tightrope.measure import ROWS, VISITS
@@ -42,7 +43,6 @@ from tightrope.methods.binas.objective import problem
 from tightrope.place import model_sha256
 from tightrope.report import explain
 from tightrope.solve.staged import Choice
-from tightrope.types import atomic_write
 
 COMMAND = "python benchmarks/bench_binas.py"
 REDUCED = "--reduced" in sys.argv
@@ -61,10 +61,6 @@ CORES = 2  # each fine-tunes one network: two threads on one take 1.7 times as l
 
 def say(what: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {what}", flush=True)
-
-
-def save(path: Path, body: Any) -> None:
-    atomic_write(path, lambda f: f.write(json.dumps(body).encode()))
 
 
 class Tuned:
@@ -90,7 +86,7 @@ class Tuned:
         }
         for future in as_completed(running):
             self.found[running[future]] = future.result()
-            save(self.path, self.found)
+            write_json(self.path, self.found)
         return np.array([self.found[json.dumps(choice)] for choice in choices])
 
 
@@ -131,7 +127,7 @@ class Minutes:
 
     def __call__(self) -> float:
         minutes = float((time.monotonic() - self.start) / 60 + self.before)
-        save(self.path, minutes)
+        write_json(self.path, minutes)
         return minutes
 
 

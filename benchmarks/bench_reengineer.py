@@ -36,6 +36,7 @@ from torch import nn
 
 from _donors import ACCELERATOR, BATCH, DONORS, donor
 from _rows import row, trained_on, write
+from tightrope.bundle import write_json
 from tightrope.data import Data, load, parse_task, view
 from tightrope.data.task import Task
 from tightrope.evaluate import accuracy
@@ -49,7 +50,7 @@ from tightrope.program import Program
 from tightrope.runtimes.onnx import Onnx
 from tightrope.runtimes.openvino import OpenVino
 from tightrope.shard import launch
-from tightrope.types import Budget, atomic_write
+from tightrope.types import Budget
 
 Json = dict[str, Any]
 TASKS = ("3", "6", "8", "0,2,4,6", "5,7,9")
@@ -183,7 +184,7 @@ def searched(job: Job, work: Path) -> Json:
         "seconds": time.perf_counter() - start,
     }
     lower(result, graph.input_shape).save(job.file(work).with_suffix(""))
-    save(job.file(work), found)
+    write_json(job.file(work), found)
     return found
 
 
@@ -204,12 +205,8 @@ def controlled(job: Job, work: Path) -> Json:
     found["controls"] |= {name: values[0] for name, values in heads.items()}
     found["controls"][f"fine_tuned for {TUNED} epochs"] = tuned
     found["test_controls"] = {name: values[1] for name, values in heads.items()}
-    save(job.file(work), found)
+    write_json(job.file(work), found)
     return found
-
-
-def save(path: Path, found: Json) -> None:
-    atomic_write(path, lambda f: f.write(json.dumps(found).encode()))
 
 
 def scratch(net: nn.Module, part: Data, teacher: nn.Module, recipe: Recipe) -> Json:
@@ -234,7 +231,7 @@ def timed(job: Job, data: Data, work: Path) -> Json:
         whole = trace(donor(job.donor, job.donor_epochs, data, work), data.input_shape)
         programs = lower(whole.module, data.input_shape), Program.load(path.with_suffix(""))
         found["ms"] = latencies(*programs)
-        save(path, found)
+        write_json(path, found)
     return found
 
 

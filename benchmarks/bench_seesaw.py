@@ -255,12 +255,11 @@ def rows(results: Mapping[Job, Json], size: Size, data: Data, work: Path) -> lis
     return found
 
 
-def timed(size: Size, learned: Mapping[str, Learned], data: Data, work: Path) -> list[Json]:
+def timed(size: Size, learned: Mapping[str, Learned], data: Data) -> list[Json]:
     """One image at a time under mpc, on loopback: what its cost model says by the machine's profile, and what
     it takes. Predictions come first; then the networks take turns, as a machine may be slower for minutes.
     """
     profile = MPC().calibrate()
-    (work / "profile.json").write_text(json.dumps(profile))
     pricing = MPC().pricing(profile=profile)
     graph = trace(models.resolve("demo"), data.input_shape)
     programs, expected = {}, {}
@@ -328,7 +327,7 @@ def main() -> None:
     if options.times:
         every = itertools.product(size.budgets, range(size.seeds))
         learned = {f"drelus<={n}, search {seed}": searched(n, seed, size, options.work) for n, seed in every}
-        found = timed(size, learned, data, options.work)
+        found = timed(size, learned, data)
         write(f"{name}_times", [{"issue": 6, "command": f"{command} --times", **r} for r in found])
         return
     context = multiprocessing.get_context("spawn")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tightrope.data import Data, Task
 from tightrope.donor import Donor, warn_of_chance
 from tightrope.errors import InputError
 from tightrope.graph import Graph
-from tightrope.methods import Learned, Learner, Progress
+from tightrope.methods import Learned, Learner, Method, Progress
 from tightrope.place import model_sha256
 from tightrope.rewrite import method_of
 from tightrope.shard import Shard
@@ -183,12 +183,17 @@ def _made(path: Path, k: int, donor: Donor, budget: Budget, sha256: str) -> bool
     if not (path / "plan.json").is_file():
         return False
     bundle = Bundle(path)
-    plan = bundle.plan()
-    if (plan.base_sha256, plan.budget, method_of(plan)) != (sha256, str(budget), donor.method):
-        return False
     asked = ask(donor.images, Wanted(classes=str(k)), donor.about["image_size"], _seed(donor))
-    wanted = {key: donor.about[key] for key in SAME} | {"task": asked.to_json()}
-    return bool({key: bundle.about.get(key) for key in wanted} == json.loads(json.dumps(wanted)))
+    about = {key: donor.about[key] for key in SAME} | {"task": asked.to_json()}
+    return bundle.plan().base_sha256 == sha256 and made_by(bundle, donor.method, budget, about)
+
+
+def made_by(bundle: Bundle, method: Method | Learner, budget: Budget, about: Mapping[str, Json]) -> bool:
+    """Whether a bundle with a plan is of this method and budget, and of the images and prices of `about`."""
+    plan, there = bundle.plan(), bundle.about
+    if (plan.budget, method_of(plan)) != (str(budget), method):
+        return False
+    return all(there.get(key) == value for key, value in json.loads(json.dumps(dict(about))).items())
 
 
 def _seed(donor: Donor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from tightrope.data import Data
 from tightrope.device import CLOCKS, conditions, open_device, time_ms, torch_threads
 from tightrope.errors import BudgetError, InputError
 from tightrope.graph import Graph, trace
-from tightrope.learning import EVERYTHING, ask, keep
+from tightrope.learning import EVERYTHING, ask, keep, made_by
 from tightrope.lock import check_writable
 from tightrope.lower import lower
 from tightrope.measure import ROW_SECONDS, ROWS, VISITS
@@ -232,6 +232,7 @@ def find(
     if table is not None and not target.elsewhere:
         ms = time_network(space, net, target)
     teacher = studied.heaviest
+    held_out = [cost(space, choice, table) for choice in studied.held_out.choices]
     learned = Learned(
         choices=chosen(space.architecture(choices[taken]), space.classes),
         tensors={k: v.detach().clone() for k, v in net.state_dict().items()},
@@ -239,8 +240,8 @@ def find(
         baseline=cost(space, space.largest(), table, teacher),
         loss=1 - float(scored.mean[taken]),
         accuracy=float(scored.mean[taken]),
-        controls=_random(space, studied, table, resolved),
-        front=_front(space, studied, table),
+        controls=_random(studied, held_out, resolved),
+        front=_front(studied, held_out, "macs" if table is None else METRIC),
         shown=(_network(space, choices[taken]), _tried(answers, scored), _estimators(studied.compared)),
         notes=_notes(method, answers[0], table, ms, resolved.get(METRIC)),
     )
@@ -258,9 +259,7 @@ def _begun(out: Path, limits: Budget, method: BinasMethod, about: Mapping[str, J
     if not (out / "plan.json").is_file() or not set(results) <= BEGINNINGS:
         return None
     bundle = Bundle.open(out)
-    plan, there = bundle.plan(), bundle.about
-    same = (plan.method, dict(plan.config), plan.budget) == (method.name, asdict(method), str(limits))
-    return bundle if same and all(there.get(key) == value for key, value in about.items()) else None
+    return bundle if made_by(bundle, method, limits, about) else None
 
 
 def _same(bundle: Bundle, learned: Learned, graph: Graph) -> bool:
@@ -310,11 +309,10 @@ def _distinct(space: Space, generator: np.random.Generator, count: int, known: s
     return list(found)
 
 
-def _front(space: Space, studied: Studied, table: LatencyTable | None) -> tuple[dict[str, float], ...]:
+def _front(studied: Studied, costs: list[Cost], metric: str) -> tuple[dict[str, float], ...]:
     """Of the held-out networks, those that no other one beats in cost and accuracy at once."""
-    points, metric = [], "macs" if table is None else METRIC
-    for choice, accuracy in zip(studied.held_out.choices, studied.held_out.mean, strict=True):
-        spent = cost(space, choice, table)
+    points: list[dict[str, float]] = []
+    for spent, accuracy in zip(costs, studied.held_out.mean, strict=True):
         points.append({metric: getattr(spent, metric), "accuracy": float(accuracy)})
     points.sort(key=lambda p: (p[metric], -p["accuracy"]))
     front: list[dict[str, float]] = []
@@ -324,16 +322,12 @@ def _front(space: Space, studied: Studied, table: LatencyTable | None) -> tuple[
     return tuple(front)
 
 
-def _random(
-    space: Space, studied: Studied, table: LatencyTable | None, limits: Mapping[str, float]
-) -> dict[str, float]:
+def _random(studied: Studied, costs: list[Cost], limits: Mapping[str, float]) -> dict[str, float]:
     """Mean accuracy of the held-out networks that meet the limits."""
-    held_out = studied.held_out
-    costs = [cost(space, choice, table) for choice in held_out.choices]
     meet = [all(getattr(c, metric) <= limit for metric, limit in limits.items()) for c in costs]
     if not any(meet):
         return {}
-    return {f"random networks within the limits, {sum(meet)}": float(held_out.mean[meet].mean())}
+    return {f"random networks within the limits, {sum(meet)}": float(studied.held_out.mean[meet].mean())}
 
 
 def _network(space: Space, choice: Choice) -> Shown:

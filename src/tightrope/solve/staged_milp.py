@@ -58,11 +58,16 @@ def solve(problem: Staged, *, seconds: float = 60.0, excluded: Collection[Choice
             if not math.isinf(limit) and cost > Fraction(limit):
                 # a choice over its limit by a rounding: draw the row in until it is cut off
                 limits[m] = min(limits[m], limit) - 2 * max(float(cost - Fraction(limit)), 1e-9 * abs(limit))
-    single = [problem.cheapest(m) for m in range(len(problem.metrics))]
-    fallback = next((choice for choice in single if problem.fits(choice) and choice not in excluded), None)
+    fallback = _cheapest(problem, excluded)
     if fallback is None:
         raise together(problem)
     return answer(problem, fallback, bound)
+
+
+def _cheapest(problem: Staged, excluded: Collection[Choice] = ()) -> Choice | None:
+    """The cheapest choice of one quantity that is within all limits."""
+    single = [problem.cheapest(m) for m in range(len(problem.metrics))]
+    return next((choice for choice in single if problem.fits(choice) and choice not in excluded), None)
 
 
 def within(problem: Staged) -> Choice:
@@ -70,8 +75,7 @@ def within(problem: Staged) -> Choice:
     Raises BudgetError when there is none.
     """
     problem.check_feasible()
-    single = [problem.cheapest(m) for m in range(len(problem.metrics))]
-    known = next((choice for choice in single if problem.fits(choice)), None)
+    known = _cheapest(problem)
     if known is not None:
         return known
     worthless = [

@@ -60,15 +60,7 @@ def snip(search: Search, keep: int) -> Bits:
     """Masks of the `keep` weights with the largest |w dL/dw| (Lee et al. 2019) on a few training batches."""
     masked = search.masked
     ones = {name: torch.ones_like(masked.model.get_parameter(name)) for name in masked.names}
-    leaves = {name: bits.requires_grad_() for name, bits in ones.items()}
-    batches = search.data.batches(
-        "train", 64, shuffle=True, seed=search.settings.seed, limit=64 * SNIP_BATCHES
-    )
-    with search.seeded(search.settings.seed):
-        for batch in batches:
-            x, y = search.placed(*batch)
-            torch.autograd.backward(F.cross_entropy(masked(x, masked.effective(leaves)), y))
-    return _largest({name: leaf.grad.abs() for name, leaf in leaves.items() if leaf.grad is not None}, keep)
+    return _largest(search.felt(ones, SNIP_BATCHES), keep)
 
 
 def _largest(values: dict[str, Tensor], keep: int) -> Bits:

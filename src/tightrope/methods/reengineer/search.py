@@ -256,14 +256,9 @@ class Search:
 
     def _order_scores(self) -> None:
         """Scores from just above 0 to 1 by |dL/d mask| on a few batches (Lee et al. 2019, SNIP)."""
-        ones = {name: torch.ones_like(score).requires_grad_() for name, score in self.masked.scores.items()}
-        few = self.data.batches("train", 64, shuffle=True, seed=self.settings.seed, limit=64 * ORDER_BATCHES)
-        with self.seeded(self.settings.seed):
-            for x, y in few:
-                x, y = self.placed(x, y)
-                loss = F.cross_entropy(self.masked(x, self.masked.effective(ones)), y)
-                torch.autograd.backward(loss)
-        felt = {n: torch.zeros_like(o) if o.grad is None else o.grad.abs() for n, o in ones.items()}
+        felt = self.felt(
+            {n: torch.ones_like(score) for n, score in self.masked.scores.items()}, ORDER_BATCHES
+        )
         for names in ({CHANNELS} & felt.keys(), felt.keys() - {CHANNELS}):  # of one kind: in one order
             ordered = sorted(names)
             if not ordered:
@@ -276,7 +271,18 @@ class Search:
                     score = self.masked.scores[name]
                     score.copy_(rank[start : start + score.numel()].view(score.shape))
                     start += score.numel()
+
+    def felt(self, masks: Bits, batches: int) -> Bits:
+        """|dL/d mask| of every mask on so many training batches of 64 (Lee et al. 2019, SNIP)."""
+        leaves = {name: mask.requires_grad_() for name, mask in masks.items()}
+        few = self.data.batches("train", 64, shuffle=True, seed=self.settings.seed, limit=64 * batches)
+        with self.seeded(self.settings.seed):
+            for batch in few:
+                x, y = self.placed(*batch)
+                loss = F.cross_entropy(self.masked(x, self.masked.effective(leaves)), y)
+                torch.autograd.backward(loss)
         self.head.zero_grad()
+        return {n: torch.zeros_like(o) if o.grad is None else o.grad.abs() for n, o in leaves.items()}
 
     def share(self, alpha: float) -> Callable[[Bits], Tensor]:
         """SeaM's penalty: `alpha` times the share of the weights that is kept."""
