@@ -16,6 +16,7 @@ from tightrope.checkpoint import Checkpoint
 from tightrope.errors import InputError
 from tightrope.hints import Hints, Watch
 from tightrope.nn.depthwise import quicken
+from tightrope.nn.strided import repair
 from tightrope.reach import Reach
 from tightrope.recipe import SEED_STRIDE, Recipe
 
@@ -51,6 +52,7 @@ class Training:
     ) -> Training:
         net = _copy(model, recipe).train()
         quicken(net)
+        repair(net)
         reach.start(net, recipe.scales)
         optimizer = torch.optim.SGD(
             _groups(net, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0

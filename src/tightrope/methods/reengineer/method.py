@@ -32,6 +32,7 @@ from tightrope.methods.reengineer.search import Clock, Search, Settings, State
 from tightrope.methods.reengineer.selection import Floor, front
 from tightrope.nn.group_max import GroupMax
 from tightrope.nn.masked import CHANNELS, GRANULARITIES, Bits, Channels, Granularity, Masked
+from tightrope.nn.strided import repair, restore
 from tightrope.place import model_sha256
 from tightrope.program import Program, base_cost
 from tightrope.shard import Shard
@@ -260,6 +261,7 @@ class ReengineerMethod:
             headed.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
             masked = self._masked(headed, graph.input_shape, *channels, device=device)
             channels[:] = [masked.channels]
+            repair(headed.model)
             for module in headed.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.train()  # as published; everything else keeps its statistics
@@ -341,6 +343,7 @@ def _plain(
 ) -> fx.GraphModule:
     """Masks multiplied in, then everything removed that has become idle."""
     model = copy.deepcopy(headed.model).cpu()
+    restore(model)
     with torch.no_grad():
         model.load_state_dict(masked.effective(bits), strict=False)
         model.get_submodule(headed.name).load_state_dict(dict(head))
