@@ -33,10 +33,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import _wide
 from _rows import row, trained_on, write
 from _wide import Wide, wide
 from tightrope import data as datasets
-from tightrope import models
+from tightrope import models, training
 from tightrope.choose import freeze
 from tightrope.data import Data
 from tightrope.evaluate import accuracy
@@ -47,6 +48,7 @@ from tightrope.methods import Learned, Shown
 from tightrope.methods.seesaw import SeesawMethod
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.space import Architecture, Block, Space
+from tightrope.nn import strided
 from tightrope.program import base_cost
 from tightrope.runtimes import Estimate
 from tightrope.runtimes.mpc import MPC
@@ -78,7 +80,8 @@ class Size:
     @property
     def key(self) -> str:
         """Of the files of a size: results of other settings or of another search are not reused."""
-        code = b"".join(path.read_bytes() for path in sorted(METHOD_CODE.glob("*.py")))
+        used = [Path(inspect.getfile(module)) for module in (_wide, strided, training)]
+        code = b"".join(path.read_bytes() for path in [*sorted(METHOD_CODE.glob("*.py")), *used])
         return hashlib.sha256(repr(self).encode() + code).hexdigest()[:8]
 
     @property

@@ -45,17 +45,17 @@ def extent(name: str, borders: Borders) -> tuple[int, int] | None:
     return (1 + 2 * sum(r[0] for r in radii), 1 + 2 * sum(r[1] for r in radii))
 
 
-def macs(op) -> float:
-    return base_cost(op).macs
+def macs(shape, paths) -> float:
+    return float(sum(base_cost(op).macs for path in paths for op in path))
 
 
-def ops(op) -> float:
+def ops(shape, paths) -> float:
     """Every convolution costs the same: whatever can be merged pays off."""
-    return 1.0
+    return float(sum(len(path) for path in paths))
 
 
 def spent(model: nn.Module, shape: tuple[int, ...], price) -> float:
-    return sum(price(op) for op in lower(model, shape).ops if op.kind in ("conv2d", "avg_pool"))
+    return sum(price(shape, ((op,),)) for op in lower(model, shape).ops if op.kind in ("conv2d", "avg_pool"))
 
 
 def convolutions(model: nn.Module, shape: tuple[int, ...]) -> int:

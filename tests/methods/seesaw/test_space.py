@@ -6,11 +6,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from methods.seesaw.published import COUNTS, LONG, MAPS, SHORT, entries
 from tightrope.errors import BundleError, InputError
 from tightrope.lower import lower
-from tightrope.methods.seesaw import relu_map
+from tightrope.methods.seesaw import SeesawMethod, relu_map
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.operators import ALL, LOW_MEMORY, parse_operators
 from tightrope.methods.seesaw.space import PRESETS, Architecture, Space, resolve
@@ -104,6 +105,21 @@ def test_comparisons_of_max_pools_are_counted():
         assert space.drelus(network) == space.floor + pools == space.least
         free = replace(space, pools=("max", "avg"), free=True)
         assert free.least == free.drelus(free.network(["conv_3"], relu=False, pool="avg")) == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_stride_of_the_stem(stride):
+    space = resolve("1,1", (1, 28, 28), 10, stem=4, operators=("conv_3",), stride=stride)
+    assert space.shape(0) == (8, 28 // stride, 28 // stride)
+    net = assemble(space, space.network(["conv_3"], relu=True))
+    assert net.stem(torch.zeros(1, 1, 28, 28)).shape == (1, 4, 28 // stride, 28 // stride)
+    assert net.eval()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("stride", "says"), [(3, "1, 2, 4"), (0, "positive"), (1.5, "whole number")])
+def test_other_strides_are_refused(stride, says):
+    with pytest.raises(InputError, match=says):
+        SeesawMethod(space="1,1", stem_stride=stride).space_for((1, 36, 36), 10)
 
 
 def test_spaces_for_other_images():

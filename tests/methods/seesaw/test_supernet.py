@@ -18,7 +18,6 @@ from tightrope.methods.seesaw.decide import (
     Wanted,
     expendable,
     importances,
-    project,
     prune,
     sensitivities,
 )
@@ -26,6 +25,7 @@ from tightrope.methods.seesaw.decide import settle as set_options
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.objectives import Dual, Reference, learned
 from tightrope.methods.seesaw.operators import ALL, LOW_MEMORY
+from tightrope.methods.seesaw.options import project
 from tightrope.methods.seesaw.prices import Prices, PublishedRates
 from tightrope.methods.seesaw.space import POOLS, resolve
 from tightrope.methods.seesaw.supernet import Choice, Mixture, Supernet
@@ -56,7 +56,8 @@ def batches(count: int = 16):
 def test_the_expected_cost_has_a_gradient_in_every_gate(metric):
     """The release's had none. Compared with differences of the cost itself."""
     net = a_net()
-    expected = PRICES.expectation(net, metric)
+    expected, largest = PRICES.expectation(net, metric)
+    assert expected().item() < largest
     torch.autograd.backward(expected())
     for name, choice in net.choices.items():
         assert (choice.logits.grad != 0).all(), name
@@ -77,9 +78,10 @@ def test_the_expected_cost_has_a_gradient_in_every_gate(metric):
 
 def test_operators_have_a_gradient_where_they_cost():
     net = a_net()
-    torch.autograd.backward(PRICES.expectation(net, "macs")())
+    expected, _ = PRICES.expectation(net, "macs")
+    torch.autograd.backward(expected())
     grads = dict(zip(LOW_MEMORY, net.mixtures[0].weights.grad.tolist(), strict=True))
-    assert grads["van_conv_3"] > 0 > grads["skip"]
+    assert grads["sep_conv_5"] > 0 > grads["skip"]
     assert PRICES.block(0, ["skip", "conv_1", "conv_3"]).macs == PRICES.block(0, ["conv_3"]).macs
 
 
@@ -91,7 +93,25 @@ def test_the_largest_expectation_is_what_the_network_counts():
                 torch.tensor([60.0 * (o in (("", True), ("max", True))) for o in choice.options])
             )
     network = SPACE.network(["conv_3"], relu=True, pool="max")
-    assert PRICES.expectation(net, "drelus")().item() == SPACE.drelus(network)
+    expected, largest = PRICES.expectation(net, "drelus")
+    assert expected().item() == largest == SPACE.drelus(network)
+
+
+@pytest.mark.parametrize("network", ["loopback", "wan"])
+@pytest.mark.parametrize(("relu", "apart"), [(True, 0.05), (False, 0.6)])
+def test_the_expected_time_of_a_certain_network_is_about_its_own(network, relu, apart):
+    """Of one without ReLUs it is less: layers that stay apart truncate then, which a ReLU would do."""
+    cost = MPC(network=network).pricing()
+    space = resolve("2,2", (1, 28, 28), 10, stem=8, operators=("conv_3", "conv_7"), pools=POOLS, free=True)
+    prices, net = Prices(space, cost, cost), Supernet(space)
+    for mixture in net.mixtures:
+        mixture.alive = mixture.picked = [0]
+    for choice in net.choices.values():
+        wanted = [o[1] == relu and o[0] in ("", "avg") for o in choice.options]
+        choice.logits.data = 60.0 * torch.tensor(wanted, dtype=torch.float32)
+    exact = prices.whole(space.network(["conv_3"], relu=relu, pool="avg")).online_ms
+    expected, _ = prices.expectation(net, "online_ms")
+    assert (1 - apart) * exact < expected().item() < (1 + min(apart, 0.05)) * exact
 
 
 def test_a_drawn_gate_has_the_gradient_of_proxylessnas():
@@ -169,7 +189,7 @@ def test_a_convolution_as_a_pool_counts_against_the_multiplications():
         net.choices["aggregate1"].logits[conv] = 50.0
     for mixture in net.mixtures:
         mixture.alive = mixture.picked = [2]  # conv_1
-    macs = PRICES.fixed.macs + sum(PRICES.block(stage, ["conv_1"]).macs for stage in SPACE.stages())
+    macs = PRICES.frame_macs + sum(PRICES.block(stage, ["conv_1"]).macs for stage in SPACE.stages())
     for more, pool in ((4096, "conv"), (4095, "avg")):
         wanted = Wanted("drelus", 10, macs + more, float("inf"))
         options = project(net, PRICES, wanted, Judge(net, batches()), rounds=0)
@@ -200,6 +220,31 @@ def test_a_limit_holds_whatever_the_gates_say(limit):
     wanted = Wanted("drelus", limit, float("inf"), float("inf"))
     options = project(net, PRICES, wanted, Judge(net, batches()), rounds=1)
     assert SPACE.drelus(net.architecture(options)) <= limit
+
+
+@pytest.mark.parametrize("metric", ["drelus", "online_ms"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_what_is_left_of_a_limit_goes_to_relus(metric, share):
+    """Though by the judge every one of them does harm."""
+    net = a_net()
+    least, most = (
+        getattr(PRICES.whole(SPACE.network(["conv_1"], relu=on, pool="avg")), metric) for on in (False, True)
+    )
+    for mixture in net.mixtures:
+        mixture.alive = mixture.picked = [2]  # conv_1
+    wanted = Wanted(metric, least + share * (most - least), float("inf"), float("inf"))
+    harm = list(net.choices.values())
+
+    def judge() -> float:
+        return sum(float(c.bits[[relu for _, relu in c.options]].sum()) for c in harm)
+
+    options = project(net, PRICES, wanted, judge, rounds=3)
+    assert getattr(PRICES.whole(net.architecture(options)), metric) <= wanted.limit
+    for n, choice in enumerate(harm):
+        pool, relu = choice.options[options[n]]
+        if not relu:
+            more = [*options[:n], choice.options.index((pool, True)), *options[n + 1 :]]
+            assert getattr(PRICES.whole(net.architecture(more)), metric) > wanted.limit
 
 
 @pytest.mark.parametrize(("macs", "balance"), [(300_000, float("inf")), (float("inf"), 0.5)])

@@ -1,4 +1,4 @@
-"""From a trained supernet to one network: which operators go, and which options a budget pays for."""
+"""From a trained supernet to one network: which operators go; `options` says what else a budget pays for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 from tightrope.errors import BudgetError
 from tightrope.methods.seesaw.prices import METRICS, Prices, burden
 from tightrope.methods.seesaw.supernet import Mixture, Supernet
-from tightrope.solve.exact import Picked, fit
-from tightrope.solve.select import Selection, select
-from tightrope.types import Budget, Cost, FloatArray, Limit, Problem, Table
 
 ROOM = 0.7  # of what a limit leaves beyond the cheapest network may go to operators
 LEAST = 1e-12
@@ -180,9 +176,10 @@ def prune(
                 valued = {
                     k: -float(getattr(prices.block(stage, [mixture.names[k]]), excess)) for k in felt[b]
                 }
-            now = burden(prices.block(stage, _real(mixture)))
+            work = prices.work if excess == "balance" else prices.time
+            now, least = work(stage, _real(mixture)), 1e-3 * prices.work(stage, _real(mixture))
             for k, loss in expendable(mixture, felt[b], valued).items():
-                saved = max(now - burden(prices.block(stage, _real(mixture, k))), 1e-3 * now, LEAST)
+                saved = max(now - work(stage, _real(mixture, k)), least, LEAST)
                 worth = loss / saved if loss > 0 else loss * saved
                 if best is None or worth < best[0]:
                     best = (worth, b, k)
@@ -198,31 +195,31 @@ def prune(
 
 def _swap(net: Supernet, prices: Prices, wanted: Wanted, options: Sequence[int] | None, metric: str) -> None:
     """The operator of the cheapest network in the place of a block's own, where most is saved first."""
-    (name,) = prices.cheapest(metric, wanted.relus).blocks[0].operators
+    names = [block.operators[0] for block in prices.cheapest(metric, wanted.relus).blocks]
     saved = [
         float(getattr(prices.block(stage, _real(m)), metric) - getattr(prices.block(stage, [name]), metric))
-        for stage, m in zip(prices.space.stages(), net.mixtures, strict=True)
+        for stage, m, name in zip(prices.space.stages(), net.mixtures, names, strict=True)
     ]
     for b in sorted(range(len(saved)), key=lambda b: -saved[b]):
         if not _exceeded(net, prices, wanted, options):
             return
         mixture = net.mixtures[b]
-        mixture.alive = mixture.picked = [mixture.names.index(name)]
+        mixture.alive = mixture.picked = [mixture.names.index(names[b])]
 
 
 def _real(mixture: Mixture, without: int = -1) -> list[str]:
     return [mixture.names[k] for k in mixture.alive if k != without and mixture.names[k] != "none"]
 
 
-def _macs(net: Supernet, prices: Prices) -> float:
+def most_macs(net: Supernet, prices: Prices) -> float:
     """Where every block has a ReLU; too many where a transition merges with the block after it."""
     blocks = zip(prices.space.stages(), net.mixtures, strict=True)
-    return prices.fixed.macs + sum(prices.block(stage, _real(m)).macs for stage, m in blocks)
+    return prices.frame_macs + sum(prices.block(stage, _real(m)).macs for stage, m in blocks)
 
 
 def _excess(net: Supernet, prices: Prices, wanted: Wanted, options: Sequence[int] | None) -> str:
     """The quantity that is still too much, `balance` for that; the whole network counts last, being slow."""
-    if _macs(net, prices) > wanted.macs:
+    if most_macs(net, prices) > wanted.macs:
         return "macs"
     if _balance(net, prices, wanted, options) > wanted.balance:
         return "balance"
@@ -269,103 +266,6 @@ def cheapest(net: Supernet, prices: Prices, wanted: Wanted) -> list[int]:
 
     every = zip(net.choices, allowed(net, wanted), strict=True)
     return [min(left, key=lambda k, site=site: cost(site, k)) for site, left in every]  # type: ignore[misc]
-
-
-def project(
-    net: Supernet, prices: Prices, wanted: Wanted, judge: Callable[[], float], *, rounds: int
-) -> list[int]:
-    """The options of every choice, within the limit for certain: the likeliest first, then by measuring.
-
-    In each round every option is tried alone and the knapsack solved with what the loss then was; the answer
-    counts where it is really better. Raises BudgetError when no options meet the limit.
-    """
-    shares = {site: c.probabilities().detach().cpu().double() for site, c in net.choices.items()}
-    likely = {site: -p.clamp_min(1e-30).log().numpy() for site, p in shares.items()}
-    options, left = _solve(net, prices, wanted, likely), allowed(net, wanted)
-    settle(net, options)
-    loss = judge()
-    for _ in range(rounds):
-        measured = {}
-        for n, (site, choice) in enumerate(net.choices.items()):
-            row = np.full(len(choice.options), loss)
-            for k in left[n]:
-                if k != options[n]:
-                    settle(net, [*options[:n], k, *options[n + 1 :]])
-                    row[k] = judge()
-            measured[site] = row - loss
-        other = _solve(net, prices, wanted, measured)
-        settle(net, other)
-        found = judge()
-        if other == options or found >= loss:
-            break
-        options, loss = other, found
-    settle(net, options)
-    return options
-
-
-def _solve(net: Supernet, prices: Prices, wanted: Wanted, losses: dict[str, FloatArray]) -> list[int]:
-    tables, kept = [], []
-    least = cheapest(net, prices, wanted)
-    fixed = prices.whole(net.architecture(least))
-    room = (wanted.macs - _macs(net, prices)) / max(len(net.joins), 1)  # for a convolution as a pool
-    for (site, choice), free in zip(net.choices.items(), allowed(net, wanted), strict=True):
-        every = [prices.option(site, option) for option in choice.options]
-        most = max(room, min(cost.macs for cost in every))
-        left = [k for k in free if every[k].macs <= most]
-        costs, options = [every[k] for k in left], [choice.options[k] for k in left]
-        labels = tuple(f"{pool} {'relu' if relu else 'identity'}".strip() for pool, relu in options)
-        priced = {
-            m: np.array([getattr(cost, m) for cost in costs], np.float64) for m in {"drelus", wanted.metric}
-        }
-        tables.append(Table(site, labels, losses[site][left][None], priced))
-        kept.append(left)
-        # which the cheapest network has already
-        fixed = fixed + Cost(**{m: -float(min(row)) for m, row in priced.items()})
-    positive = Cost(**{m: max(0.0, getattr(fixed, m)) for m in {"drelus", wanted.metric}})
-    problem = Problem(tuple(tables), positive, Cost())
-    budget = Budget((Limit(wanted.metric, wanted.limit),))
-
-    def picks(picked: Picked) -> list[int]:
-        return [left[int(picked[table.site][0])] for table, left in zip(tables, kept, strict=True)]
-
-    def exact(picked: Picked) -> Cost:
-        return prices.whole(net.architecture(picks(picked)))
-
-    try:
-        found: Selection = (
-            select(problem, budget) if wanted.metric == "drelus" else fit(problem, budget, exact).selection
-        )
-    except BudgetError as error:
-        words = (
-            f"{prices.space.least:,} DReLUs or more: those of its aggregates, whatever is chosen"
-            if wanted.metric == "drelus"
-            else str(error).partition("allowed: ")[2].partition("\n")[0]
-        )
-        raise floor(prices, wanted.metric, wanted.limit, words) from error
-    return _spared(net, prices, wanted, picks(found.picked), least, losses)
-
-
-def _spared(
-    net: Supernet,
-    prices: Prices,
-    wanted: Wanted,
-    options: list[int],
-    least: Sequence[int],
-    losses: dict[str, FloatArray],
-) -> list[int]:
-    """The cheapest options in the place of those that are worth least, while there are too many `macs`.
-
-    A ReLU costs multiplications too, where its block would merge with the next.
-    """
-    if wanted.macs == math.inf:
-        return options
-    sites = [n for n in range(len(options)) if options[n] != least[n]]
-    rows = list(losses.values())
-    for n in sorted(sites, key=lambda n: float(rows[n][least[n]] - rows[n][options[n]])):
-        if prices.whole(net.architecture(options)).macs <= wanted.macs:
-            break
-        options[n] = least[n]
-    return options
 
 
 def floor(prices: Prices, metric: str, limit: float, allowed: str) -> BudgetError:

@@ -20,16 +20,18 @@ from tightrope.graph import Graph, trace
 from tightrope.lower import lower
 from tightrope.methods import CostModel, Learned, Progress, Shown
 from tightrope.methods.seesaw import relu_map
-from tightrope.methods.seesaw.decide import Judge, Wanted, floor, project, prune, settle
+from tightrope.methods.seesaw.decide import Judge, Wanted, floor, prune, settle
 from tightrope.methods.seesaw.network import assemble
 from tightrope.methods.seesaw.objectives import Dual, Reference
 from tightrope.methods.seesaw.operators import BORDERS, Borders, parse_operators
+from tightrope.methods.seesaw.options import project
 from tightrope.methods.seesaw.prices import METRICS, RATES, Prices, PublishedRates, Rates
 from tightrope.methods.seesaw.recover import recover
 from tightrope.methods.seesaw.search import Search, Settings, agreed
 from tightrope.methods.seesaw.space import POOLS, Architecture, Space, resolve
 from tightrope.methods.seesaw.supernet import Supernet
 from tightrope.nn.depthwise import quicken
+from tightrope.nn.strided import repair
 from tightrope.place import model_sha256
 from tightrope.program import base_cost
 from tightrope.shard import Shard
@@ -38,7 +40,9 @@ from tightrope.types import Budget, Cost, Json, total
 Mode = Literal["dual", "reference"]
 MODES: tuple[Mode, ...] = ("dual", "reference")
 AGGREGATES = ("searched", "published")
-WHOLE = ("width", "epochs", "batch_size", "limit", "branches", "keep", "recovery", "samples", "seed")
+WHOLE = (
+    "width", "stem_stride", "epochs", "batch_size", "limit", "branches", "keep", "recovery", "samples", "seed"
+)  # fmt: skip
 SINGLE = Shard()
 FAVOURED = 2.0  # logit of a ReLU at first: a probability of 0.88
 ROUNDS = 3  # of improving the options by measuring
@@ -51,20 +55,22 @@ class SeesawMethod:
     `mode`: `dual` holds the expected cost by a multiplier and meets the budget for certain; `reference` is
     the release's objective, with the gradients that it meant to have; the budget is then only checked. Its
     settings: `width=32 operators=all aggregates=published borders=published lr=0.001 lr_choice=0.01`.
-    `space`: blocks per stage, `2,2,2`, or a published name. `width`: channels of the stem. `operators`: `all`
-    27, the published `low-memory` 10, `plain`, or names. `aggregates`: whether their ReLU and pool are
-    `searched`. `borders`: `mergeable` pads stacks of convolutions once, so that they merge; `published` pads
-    each. `limit`: images an epoch. `branches`: operators of a block in one step, 0 for all; `keep`: how many
-    are left at the end of training. `balance`: linear over nonlinear milliseconds at most, by `rates`, the
-    `runtime`'s or the `published`; None for any. The release's rule is 0.529 by its rates. `relu_map`: a file
-    that says which blocks have a ReLU. `variance`: weight of driving branch weights apart late in the search
-    (the release's `--spatial`). `distill`: weight of the teacher's outputs. `recovery`: epochs after the
-    choice. `samples`: held-out images behind each measured loss.
+    `space`: blocks per stage, `2,2,2`, or a published name. `width`: channels of the stem; `stem_stride`:
+    1, 2 or 4, None for the published. `operators`: `all` 27, the published `low-memory` 10, `plain`, or
+    names. `aggregates`: whether their ReLU and pool are `searched`. `borders`: `mergeable` pads stacks of
+    convolutions once, so that they merge; `published` pads each. `limit`: images an epoch. `branches`:
+    operators of a block in one step, 0 for all; `keep`: how many are left at the end of training.
+    `balance`: linear over nonlinear milliseconds at most, by `rates`, the `runtime`'s or the `published`;
+    None for any. The release's rule is 0.529 by its rates. `relu_map`: a file that says which blocks have a
+    ReLU. `variance`: weight of driving branch weights apart late in the search (the release's `--spatial`).
+    `distill`: weight of the teacher's outputs. `recovery`: epochs after the choice. `samples`: held-out
+    images behind each measured loss.
     """
 
     mode: Mode = "dual"
     space: str = "2,2,2"
     width: int = 8
+    stem_stride: int | None = None
     operators: str = "low-memory"
     aggregates: str = "searched"
     borders: Borders = "mergeable"
@@ -107,7 +113,7 @@ class SeesawMethod:
         for key in ("branches", "variance", "distill", "recovery", "seed"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise InputError(f"{key} must not be negative", got=getattr(self, key))
-        for key in ("limit", "balance"):
+        for key in ("limit", "balance", "stem_stride"):
             if getattr(self, key) is not None and not 0 < getattr(self, key) < math.inf:
                 raise InputError(f"{key} must be positive", got=getattr(self, key))
         if self.seed >= 2**32:
@@ -124,6 +130,7 @@ class SeesawMethod:
             (input_shape[0], input_shape[1], input_shape[2]),
             classes,
             stem=self.width,
+            stride=self.stem_stride,
             operators=parse_operators(self.operators),
             borders=self.borders,
             pools=POOLS if searched else ("max",),
@@ -168,6 +175,7 @@ class SeesawMethod:
             net = Supernet(space, FAVOURED if self.mode == "dual" else 0.0)
             net.to(shard.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
             quicken(net)
+            repair(net)
             teacher = copy.deepcopy(graph.module).to(shard.device).eval() if self.distill else None
             if fixed is not None:
                 _fix(net, fixed)
@@ -274,13 +282,8 @@ class SeesawMethod:
             net, data, settings, Reference(net), teacher, shard, progress, choose_weights=dual, judge=judge
         )
         if dual:
-            expected = prices.expectation(net, wanted.metric)
-            everything = sum(
-                (max((prices.option(s, o) for o in c.options), key=lambda cost: getattr(cost, wanted.metric))
-                 for s, c in net.choices.items()), prices.fixed,
-            )  # fmt: skip
-            steps = search.per_epoch * self.epochs
-            search.objective = Dual(expected, getattr(everything, wanted.metric), wanted.limit, steps)
+            expected, largest = prices.expectation(net, wanted.metric)
+            search.objective = Dual(expected, largest, wanted.limit, search.per_epoch * self.epochs)
         return search
 
     def _decide(

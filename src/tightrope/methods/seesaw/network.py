@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tightrope.methods.seesaw.operators import build, scale
-from tightrope.methods.seesaw.space import Aggregate, Architecture, Pool, Space
+from tightrope.methods.seesaw.space import STEMS, Aggregate, Architecture, Pool, Space
 
 
 class Sum(nn.Module):
@@ -76,8 +76,8 @@ class Frame(nn.Module):
     def __init__(self, space: Space, blocks: Sequence[nn.Module], joins: Sequence[nn.Module]) -> None:
         super().__init__()
         self.counts = space.blocks
-        kernel, stride, padding = (3, 1, 1) if space.stem_stride == 1 else (7, 4, 3)
-        conv = nn.Conv2d(space.input_shape[0], space.stem, kernel, stride, padding, bias=False)
+        k = STEMS[space.stem_stride]
+        conv = nn.Conv2d(space.input_shape[0], space.stem, k, space.stem_stride, k // 2, bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm2d(space.stem))
         widths = [space.shape(stage)[0] for stage in range(-1, len(space.blocks))]
         self.transitions = nn.ModuleList(

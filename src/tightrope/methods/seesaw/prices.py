@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, reduce
 from typing import Protocol
 
@@ -12,14 +12,14 @@ from torch import Tensor, fx, nn
 
 from tightrope.lower import lower
 from tightrope.methods import CostModel
-from tightrope.methods.seesaw.convolutions import Geometry
+from tightrope.methods.seesaw.convolutions import Geometry, unit
 from tightrope.methods.seesaw.merge import merge
 from tightrope.methods.seesaw.network import Frame, Joined, assemble
 from tightrope.methods.seesaw.operators import CONVOLUTIONS, POOLS, paddings
-from tightrope.methods.seesaw.reduction import Link, Reduction, pool, written
+from tightrope.methods.seesaw.reduction import Link, Paths, Price, Reduction, pool, written
 from tightrope.methods.seesaw.space import Aggregate, Architecture, Block, Space
 from tightrope.methods.seesaw.supernet import Option, Supernet
-from tightrope.program import AvgPool2d, MaxPool2d, Op, Program, Relu, base_cost
+from tightrope.program import Add, AvgPool2d, MaxPool2d, Op, Program, Relu, base_cost
 from tightrope.types import ADDITIVE, Cost, total
 
 METRICS = (*ADDITIVE, "macs")
@@ -85,9 +85,15 @@ class Prices:
     space: Space
     cost: CostModel
     rates: Rates
-    _wholes: dict[Architecture, Cost] = field(default_factory=dict, repr=False, compare=False)
+    _wholes: dict[Architecture, Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sums: dict[tuple[int, tuple[str, ...]], tuple[Op, ...]] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _blocks: dict[tuple[int, tuple[str, ...]], Cost] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _options: dict[tuple[str, Option], Cost] = field(
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def exact(self, network: nn.Module) -> Cost:
@@ -95,7 +101,7 @@ class Prices:
         return self.program(lower(self.merged(network), self.space.input_shape))
 
     def merged(self, network: nn.Module) -> nn.Module:
-        return merge(network, self.space.input_shape, self._burden)
+        return merge(network, self.space.input_shape, self._price)
 
     def whole(self, network: Architecture) -> Cost:
         """Exact, of an architecture once it is trained, whatever its weights."""
@@ -109,25 +115,65 @@ class Prices:
         return Cost(**{m: getattr(priced, m) for m in (*METRICS, "weights")})
 
     def option(self, site: str, option: Option) -> Cost:
-        """Of the pool and the ReLU of a site, by its name in `Supernet.choices`."""
-        return total(self.cost.price(op) for op in self._option_ops(site, option))
+        """Of the pool and the ReLU of a site, by its name in `Supernet.choices`, between two convolutions."""
+        if (site, option) not in self._options:
+            self._options[site, option] = self._amid(self._option_ops(site, option))
+        return self._options[site, option]
+
+    def time(self, stage: int, operators: Sequence[str]) -> float:
+        """Milliseconds of a block; multiplications for a runtime that says no times."""
+        return burden(self.block(stage, operators))
+
+    def work(self, stage: int, operators: Sequence[str]) -> float:
+        """Milliseconds of a block by `rates`, without what its layers cost whatever their size."""
+        return sum(burden(self._timed.price(op)) for op in self._merged(stage, tuple(operators)))
 
     def balance(self, network: Architecture, drelus: float) -> float:
         """Milliseconds of the blocks' linear work over those of so many comparisons, by `rates`."""
         blocks = zip(self.space.stages(), network.blocks, strict=True)
-        ops = [op for stage, block in blocks for op in self._merged(stage, block.operators)]
-        linear = sum(burden(self._timed.price(op)) for op in ops)
+        linear = sum(self.work(stage, block.operators) for stage, block in blocks)
         (relu,) = self._option_ops("block1", ("", True))
         nonlinear = drelus * burden(self._timed.price(relu)) / base_cost(relu).drelus
         return linear / max(nonlinear, 1e-12)
 
     def block(self, stage: int, operators: Sequence[str]) -> Cost:
         """The linear part of a block, merged as `merge` would merge it between two ReLUs."""
-        return total(self.cost.price(op) for op in self._merged(stage, tuple(operators)))
+        key = (stage, tuple(operators))
+        if key not in self._blocks:
+            self._blocks[key] = self._between(self._merged(*key), self.space.shape(stage))
+        return self._blocks[key]
+
+    def paths(self, shape: tuple[int, ...], paths: Paths) -> float:
+        """Milliseconds of paths from one value of this shape, added, the fixed costs of layers included."""
+        ops: list[Op] = []
+        ends = []
+        for k, path in enumerate(paths):
+            end = Program.INPUT
+            for n, op in enumerate(path):
+                ops.append(replace(op, name=f"path{k}_{n}", inputs=(end,)))
+                end = ops[-1].name
+            ends.append(end)
+        result = ops[-1].shape if ops else shape
+        for k, end in enumerate(ends[1:]):
+            ops.append(Add(name=f"sum{k}", inputs=(ends[0] if k == 0 else ops[-1].name, end), shape=result))
+        return burden(self._between(ops, shape))
 
     @cached_property
     def fixed(self) -> Cost:
-        """Of stem, transitions, joins and classifier where nothing merges with them: exact in MACs only."""
+        """What a network with every ReLU costs beyond its blocks and options."""
+        pool = "avg" if "avg" in self.space.pools else self.space.pools[0]
+        real = [name for name in self.space.operators if name != "none"]
+        dearest = max(real, key=lambda name: self.time(0, [name]))
+        network = self.space.network([dearest], relu=True, pool=pool)
+        parts = [self.block(stage, [dearest]) for stage in self.space.stages()]
+        parts += [self.option(f"block{k}", ("", True)) for k in range(1, len(network.blocks) + 1)]
+        parts += [self.option(f"aggregate{k}", (pool, True)) for k in range(1, len(network.aggregates) + 1)]
+        left = self.whole(network) + total(parts).scaled(-1)
+        return Cost(**{m: max(0.0, getattr(left, m)) for m in METRICS})
+
+    @cached_property
+    def frame_macs(self) -> float:
+        """Of stem, transitions, joins and classifier where nothing merges with them."""
         blocks, joins = len(self.space.stages()), len(self.space.blocks) - 1
         aggregate = Aggregate(self.space.pools[0], True)
         with torch.random.fork_rng([]):
@@ -136,25 +182,24 @@ class Prices:
                 [nn.ReLU() for _ in range(blocks)],
                 [Joined(self.space, stage, aggregate) for stage in range(joins)],
             )
-            spent = self.exact(_constant(frame))
-        options = {f"block{k}": ("", True) for k in range(1, blocks + 1)}
-        options |= {f"aggregate{k}": (aggregate.pool, True) for k in range(1, joins + 1)}
-        for site, option in options.items():
-            spent = spent + self.option(site, option).scaled(-1)
-        return Cost(**{m: max(0.0, getattr(spent, m)) for m in METRICS})
+            spent = self.exact(_constant(frame)).macs
+        pools = [self.option(f"aggregate{k}", (aggregate.pool, True)).macs for k in range(1, joins + 1)]
+        return spent - sum(pools)
 
     def cheapest(self, metric: str, relus: Sequence[bool] | None = None) -> Architecture:
         """One operator a block, and as few comparisons as the space and a ReLU map allow."""
-        operator = min((o for o in self.space.operators if o != "none"), key=lambda o: self._rank(metric, o))
-        blocks = tuple(Block((operator,), on) for on in relus or (False,) * sum(self.space.blocks))
+        real = [o for o in self.space.operators if o != "none"]
+        best = [min(real, key=lambda o, s=s: self._rank(metric, s, o)) for s in range(len(self.space.blocks))]  # type: ignore[misc]
+        on = relus or (False,) * sum(self.space.blocks)
+        blocks = tuple(Block((best[s],), relu) for s, relu in zip(self.space.stages(), on, strict=True))
         pool = "avg" if "avg" in self.space.pools else self.space.pools[0]
         aggregate = Aggregate(pool, not self.space.free)
         return Architecture(blocks, (aggregate,) * (len(self.space.blocks) - 1))
 
-    def _rank(self, metric: str, operator: str) -> tuple[float, float, int]:
+    def _rank(self, metric: str, stage: int, operator: str) -> tuple[float, float, int]:
         # of equal ones the one that is a single convolution can merge with what is before it
-        alone = self.block(0, [operator])
-        return getattr(alone, metric), burden(alone), len(links(operator, self.space, 0))
+        alone = self.block(stage, [operator])
+        return getattr(alone, metric), burden(alone), len(links(operator, self.space, stage))
 
     def least(self, metric: str, relus: Sequence[bool] | None = None) -> float:
         """Exact, of the cheapest network."""
@@ -167,8 +212,9 @@ class Prices:
         more = sum(getattr(one, metric) - getattr(two, metric) for one, two in pairs)
         return self.least(metric, relus) + float(more)
 
-    def expectation(self, net: Supernet, metric: str) -> Callable[[], Tensor]:
-        """The mean of a cost over the probabilities of the choices and the weights of the operators.
+    def expectation(self, net: Supernet, metric: str) -> tuple[Callable[[], Tensor], float]:
+        """The mean of a cost over the probabilities of the choices and the weights of the operators, and the
+        most that it can be.
 
         Differentiable in both. Operators count alone, not merged: the gradient is to say which are dear.
         """
@@ -182,6 +228,8 @@ class Prices:
             for stage, m in zip(self.space.stages(), net.mixtures, strict=True)
         ]
 
+        largest = float(fixed + sum(price.max() for _, price in (*choices, *mixtures)))
+
         def expected() -> Tensor:
             spent = fixed
             for choice, price in choices:
@@ -190,7 +238,7 @@ class Prices:
                 spent = spent + mixture.shares() @ price.to(mixture.weights)
             return spent
 
-        return expected
+        return expected, largest
 
     def _option_ops(self, site: str, option: Option) -> list[Op]:
         pool, relu = option
@@ -211,12 +259,12 @@ class Prices:
         return ops
 
     def _merged(self, stage: int, operators: tuple[str, ...]) -> tuple[Op, ...]:
-        """Convolutions and pools of a sum of operators, as `merge` would leave them."""
+        """A sum of operators as `merge` would leave it."""
         key = (stage, operators)
         if key not in self._sums:
             graph = fx.Graph()
             source = graph.placeholder("input")
-            sums = Reduction(graph, {source: self.space.shape(stage)}, self._burden)
+            sums = Reduction(graph, {source: self.space.shape(stage)}, self._price)
             ends = []
             for name in operators:
                 end = source
@@ -228,9 +276,38 @@ class Prices:
             self._sums[key] = sums.ops()
         return self._sums[key]
 
+    def _amid(self, ops: Sequence[Op]) -> Cost:
+        """Of ops one after the other, between two 1x1 convolutions, which are not counted."""
+        if not ops:
+            return Cost()
+        C, H, W = ops[0].shape
+        conv = unit(C).geometry
+        before = replace(conv.op(self._before(ops[0])), name="before", inputs=(Program.INPUT,))
+        chain: list[Op] = [before]
+        for k, op in enumerate(ops):
+            chain.append(replace(op, name=f"op{k}", inputs=(chain[-1].name,)))
+        chain.append(replace(conv.op((H, W)), name="after", inputs=(chain[-1].name,)))
+        priced = self.cost.prices(Program(tuple(chain), before.shape, "after"))
+        return total(priced[f"op{k}"] for k in range(len(ops)))
+
+    @staticmethod
+    def _before(op: Op) -> tuple[int, int]:
+        """The size of the map that an option's first op reads."""
+        _, H, W = op.shape
+        return (H, W) if isinstance(op, Relu) else (2 * H, 2 * W)
+
     @cached_property
-    def _burden(self) -> Callable[[Op], float]:
-        return cache(lambda op: burden(self.cost.price(op)))
+    def _price(self) -> Price:
+        return cache(self.paths)
+
+    def _between(self, ops: Sequence[Op], shape: tuple[int, ...]) -> Cost:
+        """Of ops that read a value of this shape and end in a ReLU, which is not counted: it truncates."""
+        if not ops:
+            return Cost()
+        result = ops[-1].shape
+        relu = Relu(name="relu", inputs=(ops[-1].name,), shape=result, patches=((1, 1),) * result[0])
+        priced = self.cost.prices(Program((*ops, relu), shape, relu.name))
+        return total(priced[op.name] for op in ops)
 
     @cached_property
     def _timed(self) -> Rates:

@@ -6,17 +6,18 @@ Merging acts on these decisions, and prices ask for them without any weights.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from tightrope.methods.seesaw.convolutions import Geometry, Pair, after, beside, unit
-from tightrope.program import AvgPool2d, Op
+from tightrope.program import Add, AvgPool2d, Op, Program
 
-Price = Callable[[Op], float]
 Shape = tuple[int, ...]
+Paths = tuple[tuple[Op, ...], ...]
+Price = Callable[[Shape, Paths], float]  # of paths from one value of this shape, whose results are added
 ADDS = (operator.add, torch.add)
 
 
@@ -79,8 +80,16 @@ class Reduction:
                     self.graph.erase_node(node)
 
     def ops(self) -> tuple[Op, ...]:
-        """Convolutions and pools that there are now."""
-        return tuple(self.links[node].op for node in self.graph.nodes if node in self.links)
+        """Convolutions, pools and additions that there are now, of a graph of nothing else."""
+        names = {node: Program.INPUT if node.op == "placeholder" else node.name for node in self.graph.nodes}
+        found: list[Op] = []
+        for node in self.graph.nodes:
+            inputs = tuple(names[arg] for arg in node.args if isinstance(arg, fx.Node))
+            if node in self.links:
+                found.append(replace(self.links[node].op, name=node.name, inputs=inputs))
+            elif self._is_add(node):
+                found.append(Add(name=node.name, inputs=inputs, shape=self.shapes[node]))
+        return tuple(found)
 
     def _follow(self) -> bool:
         """Two convolutions in a row, where one costs no more."""
@@ -93,11 +102,10 @@ class Reduction:
             first = self._geometry(before)
             if first is None or len(before.users) > 1:
                 continue
-            whole = after(first, shape)
-            if whole is None or self._price(node, whole) > self._cost((before, node)):
-                continue
-            source = before.args[0]
+            source, whole = before.args[0], after(first, shape)
             assert isinstance(source, fx.Node)
+            if whole is None or self._whole(source, node, whole) > self._apart(source, [(before, node)]):
+                continue
             self._replace(node, self._insert(node, [Path(source, (before, node), whole)]))
             return True
         return False
@@ -132,8 +140,8 @@ class Reduction:
             source = next(iter(chosen.values())).source
             if whole.size(self._size(source)) != self._size(root):
                 continue
-            spent = sum(self._cost(path.nodes) for path in chosen.values())
-            found = max(found, (spent - self._price(root, whole), chosen), key=lambda s: s[0])
+            spent = self._apart(source, [path.nodes for path in chosen.values()])
+            found = max(found, (spent - self._whole(source, root, whole), chosen), key=lambda s: s[0])
         return found
 
     def _rebuild(self, root: fx.Node, leaves: list[fx.Node], chosen: dict[int, Path]) -> None:
@@ -179,12 +187,14 @@ class Reduction:
         _, H, W = self.shapes[node]
         return (H, W)
 
-    def _cost(self, nodes: tuple[fx.Node, ...]) -> float:
-        """What these nodes cost as they are."""
-        return sum(self.price(self.links[node].op) for node in nodes)
+    def _apart(self, source: fx.Node, paths: Sequence[tuple[fx.Node, ...]]) -> float:
+        """What these paths cost as they are."""
+        ops = tuple(tuple(self.links[node].op for node in nodes) for nodes in paths)
+        return self.price(self.shapes[source], ops)
 
-    def _price(self, node: fx.Node, shape: Geometry) -> float:
-        return self.price(shape.op(self._size(node)))
+    def _whole(self, source: fx.Node, node: fx.Node, shape: Geometry) -> float:
+        """What one convolution in their place costs, with the result of `node`."""
+        return self.price(self.shapes[source], ((shape.op(self._size(node)),),))
 
     def _insert(self, before: fx.Node, paths: list[Path]) -> fx.Node:
         self.count += 1

@@ -20,7 +20,8 @@ from tightrope.types import Json
 Pool = Literal["max", "avg", "conv"]
 POOLS: tuple[Pool, ...] = ("max", "avg", "conv")
 COMPARISONS = 3  # of one value out of a window of 2x2
-SMALL = 64  # pixels: up to here the stem keeps the size, beyond it divides it by 4
+SMALL = 64  # pixels: up to here the stem keeps the size as published, beyond it divides it by 4
+STEMS = {1: 3, 2: 5, 4: 7}  # the kernel of a stem, by its stride
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Space:
     """`blocks` per stage; stage s has 2^(s+1) times the channels of the stem.
 
     `pools`: what aggregates may pool with; `free`: whether their ReLU is a choice. As published a max-pool,
-    and always a ReLU. Raises InputError for a space that has no networks for this input.
+    and always a ReLU. `stride`: the stem's; None for the published one, 1 up to 64 pixels and 4 beyond.
+    Raises InputError for a space that has no networks for this input.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Space:
     pools: tuple[Pool, ...] = ("max",)
     free: bool = False
     borders: Borders = "published"
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         channels, *size = self.input_shape
@@ -102,13 +105,15 @@ class Space:
         if not self.pools or not set(self.pools) <= set(POOLS):
             raise InputError("an aggregate pools with", got=self.pools, allowed=POOLS)
         check_channels(self.operators, 2 * self.stem)
+        if self.stem_stride not in STEMS:
+            raise InputError("unknown stride of the stem", got=self.stride, allowed=tuple(STEMS))
         unit = self.stem_stride * 2 ** max(0, len(self.blocks) - 2)
         if any(n % unit or n // self.stem_stride < 2 ** (len(self.blocks) - 1) for n in size):
             raise InputError(
                 "stages halve the image, and later ones reuse the earlier at their size",
                 got=f"{size[0]}x{size[1]} with {len(self.blocks)} stages",
                 allowed=f"sides divisible by {unit}",
-                fix="fewer stages, or images of another size",
+                fix="fewer stages, images of another size, or a smaller stride of the stem",
             )
         if math.prod(self.shape(len(self.blocks) - 1)[1:]) == 1:
             raise InputError(
@@ -119,6 +124,8 @@ class Space:
 
     @property
     def stem_stride(self) -> int:
+        if self.stride is not None:
+            return self.stride
         return 1 if max(self.input_shape[1:]) <= SMALL else 4
 
     def shape(self, stage: int) -> tuple[int, int, int]:
