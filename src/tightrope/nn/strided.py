@@ -28,7 +28,7 @@ def restore(model: nn.Module) -> None:
 
 
 class Strided1x1(nn.Conv2d):
-    """A 1x1 convolution of every so manieth pixel, on a CPU without the stride; elsewhere as ever."""
+    """On a CPU, where gradients are wanted, it picks its pixels before it multiplies; elsewhere as ever."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not torch.is_grad_enabled():

@@ -116,10 +116,10 @@ def _filled(
 
 
 def _meets(network: Architecture, prices: Prices, wanted: Wanted) -> bool:
-    if prices.space.drelus(network) > wanted.limit and wanted.metric == "drelus":
-        return False
-    if wanted.metric == "drelus" and wanted.macs == math.inf:
-        return True
+    if wanted.metric == "drelus":  # without the whole network, which is slow, where that will do
+        fits = prices.space.drelus(network) <= wanted.limit
+        if not fits or wanted.macs == math.inf:
+            return fits
     whole = prices.whole(network)
     return bool(getattr(whole, wanted.metric) <= wanted.limit and whole.macs <= wanted.macs)
 

@@ -161,7 +161,7 @@ class Prices:
     @cached_property
     def fixed(self) -> Cost:
         """What a network with every ReLU costs beyond its blocks and options."""
-        pool = "avg" if "avg" in self.space.pools else self.space.pools[0]
+        pool = self.space.mildest
         real = [name for name in self.space.operators if name != "none"]
         dearest = max(real, key=lambda name: self.time(0, [name]))
         network = self.space.network([dearest], relu=True, pool=pool)
@@ -192,8 +192,7 @@ class Prices:
         best = [min(real, key=lambda o, s=s: self._rank(metric, s, o)) for s in range(len(self.space.blocks))]  # type: ignore[misc]
         on = relus or (False,) * sum(self.space.blocks)
         blocks = tuple(Block((best[s],), relu) for s, relu in zip(self.space.stages(), on, strict=True))
-        pool = "avg" if "avg" in self.space.pools else self.space.pools[0]
-        aggregate = Aggregate(pool, not self.space.free)
+        aggregate = Aggregate(self.space.mildest, not self.space.free)
         return Architecture(blocks, (aggregate,) * (len(self.space.blocks) - 1))
 
     def _rank(self, metric: str, stage: int, operator: str) -> tuple[float, float, int]:

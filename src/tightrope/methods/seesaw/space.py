@@ -181,6 +181,11 @@ class Space:
         """The comparisons of a network with every ReLU, and a max-pool wherever it may be."""
         return self.maximum + (COMPARISONS * self.floor if "max" in self.pools else 0)
 
+    @property
+    def mildest(self) -> Pool:
+        """A pool without comparisons, where the space has one."""
+        return "avg" if "avg" in self.pools else self.pools[0]
+
     def network(self, operators: Sequence[str], *, relu: bool, pool: Pool | None = None) -> Architecture:
         """The same choice everywhere."""
         block = Block(tuple(o for o in self.operators if o in operators and o != "none"), relu)
