@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from small_networks import NETWORKS, images, network
 from tightrope.errors import InputError
 from tightrope.program import AvgPool2d, Conv2d, Linear, Relu
-from tightrope.runtimes.mpc import MPC, compile_program, fss, gates, oracle
+from tightrope.runtimes.mpc import MPC, compile_program, convolution, fss, gates, oracle
+from tightrope.runtimes.mpc.convolution import by_torch, direct
 from tightrope.runtimes.mpc.fixed import encode, local, multiply, pool_divisor, tensor, words
 from tightrope.runtimes.mpc.prg import WORDS, Stream
 from tightrope.runtimes.mpc.steps import Gate, Local, Piece, Truncate, Wire
@@ -65,8 +66,32 @@ def test_convolutions_equal_torch_in_floats(stride, dilation, kernel, padding, g
         groups=groups,
         in_channels=4,
     )
-    assert torch.equal(multiply(op, w, x).double(), want)
-    assert torch.equal(multiply(op, w.int(), x.int()), want.int())
+    for of_ring in (multiply, by_torch, direct):
+        assert torch.equal(of_ring(op, w, x).double(), want)
+        assert torch.equal(of_ring(op, w.int(), x.int()), want.int())
+
+
+@pytest.mark.parametrize("ring_bits", [64, 32])
+@pytest.mark.parametrize(("groups", "outputs"), [(1, 7), (2, 6), (8, 8)])
+def test_convolutions_of_ring_elements_are_the_same_by_torch_and_directly(
+    groups, outputs, ring_bits, monkeypatch
+) -> None:
+    """On all of the ring, over more values than a strip has, shared among threads or not."""
+    monkeypatch.setattr(convolution, "SHARED", 0)
+    stream, sizes = Stream(bytes(32)), ((3, 8, 40, 29), (outputs, 8 // groups, 5, 3))
+    x, w = (tensor(stream.ring(shape, ring_bits), shape) for shape in sizes)
+    op = Conv2d(
+        name="c", inputs=("x",), shape=(outputs, 40, 15), kernel=(5, 3), stride=(1, 2),
+        padding=(1, 1, 2, 2), groups=groups, in_channels=8,
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            found = direct(op, w, x)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(found, by_torch(op, w, x))
 
 
 @given(

@@ -182,8 +182,9 @@ def test_profiles_are_read() -> None:
     whole = body(FREE, {"cpu": "none"})
     assert Profile.read(json.loads(json.dumps(whole)), 64, "here") == replace(FREE, host={"cpu": "none"})
     units = FREE.units
-    earlier = {unit: 2.0 for unit in UNITS if unit != "bulk"}
-    assert Profile.read({"host": {}, "rings": {"64": earlier}}, 64, "a bundle").bulk == 2.0
+    earlier = {unit: 2.0 for unit in UNITS if unit not in ("group", "beside", "bulk")}
+    read = Profile.read({"host": {}, "rings": {"64": earlier}}, 64, "a bundle")
+    assert (read.group, read.beside, read.bulk) == (0.0, 0.0, 2.0)
     with pytest.raises(InputError, match="missing or unknown: mac"):
         Profile.read({"host": {}, "rings": {"64": {k: 1.0 for k in UNITS if k != "mac"}}}, 64, "here")
     wrong = [
@@ -275,7 +276,7 @@ def made_up(truth: Profile, alone: Profile, schedule) -> dict[tuple[str, int], d
 def test_a_fit_finds_the_profile_that_made_the_times() -> None:
     truth = replace(
         Profile.read(shipped(), 64, "here"), frame=90e3, late=40e3, byte=1.7, bulk=1.1,
-        step=25e3, group=400.0, gate=210e3, deal=60e3, shared=3.0, keyed=20.0,
+        step=25e3, group=400.0, beside=0.04, gate=210e3, deal=60e3, shared=3.0, keyed=20.0,
     )  # fmt: skip
     schedule = compile_program(rehearsal.session_program(), MPC())
     loops = {unit: getattr(truth, unit) / 1.4 for unit in calibration.LOOPS}

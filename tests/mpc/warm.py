@@ -2,6 +2,7 @@
 
 import tightrope.runtimes.mpc.remote
 import tightrope.runtimes.mpc.service  # noqa: F401
-from tightrope.runtimes.mpc import gates
+from tightrope.runtimes.mpc.warm import warm_convolution, warm_gates
 
-gates.warm_kernels(64, 64)
+warm_convolution(64)
+warm_gates(64, 64)

@@ -40,7 +40,7 @@ from tightrope.runtimes.mpc.timing import CLIENT, Profile, offline_ms, online_ms
 from tightrope.runtimes.mpc.work import OFFLINE, ONLINE
 from tightrope.types import Cost, Json, Measurement
 
-LAYERS = ("mac", "row", "gathered", "group")
+LAYERS = ("mac", "row", "gathered", "beside", "group")
 SESSION = ("frame", "late", "byte", "step", "gate")
 LOOPS = (*LAYERS, "element", "drawn", "opened", "selected", "compared", "level", "shared", "keyed")
 SLOWER = (0.2, 10.0)  # they are in a session, at least and at most
@@ -145,11 +145,12 @@ def _random(shape: tuple[int, ...], ring_bits: int) -> torch.Tensor:
 
 
 def _layers(ring_bits: int) -> dict[str, float]:
-    """Products, their rows, collected values, groups: the best fit of relative errors to many shapes."""
+    """Products and what comes with them: the best fit of relative errors to many shapes."""
     shapes = (
         conv(16, 16, 3, 28), conv(32, 32, 3, 14), conv(64, 64, 3, 7), conv(64, 64, 1, 14),
         conv(128, 128, 3, 4), conv(64, 64, 3, 28), conv(16, 16, 3, 28, groups=16),
-        conv(64, 64, 3, 7, groups=64), conv(8, 8, 1, 14),
+        conv(64, 64, 3, 7, groups=64), conv(8, 8, 1, 14), conv(16, 16, 3, 32), conv(16, 16, 9, 14),
+        conv(32, 32, 7, 7),
     )  # fmt: skip
     rows = []
     for op in shapes:

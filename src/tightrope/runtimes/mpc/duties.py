@@ -12,7 +12,7 @@ import torch
 
 from tightrope.errors import InputError, ProtocolError
 from tightrope.program import Program
-from tightrope.runtimes.mpc import control, gates
+from tightrope.runtimes.mpc import control
 from tightrope.runtimes.mpc.channel import Channel
 from tightrope.runtimes.mpc.cost import of_schedule
 from tightrope.runtimes.mpc.fixed import check_weights
@@ -26,6 +26,7 @@ from tightrope.runtimes.mpc.settings import Settings
 from tightrope.runtimes.mpc.stock import NAME, About, Lot, Stock
 from tightrope.runtimes.mpc.supply import LotMaker, receiving, supplied, weights_streams
 from tightrope.runtimes.mpc.team import Command, Worker, beat_s, beating, threads_of
+from tightrope.runtimes.mpc.warm import load_kernels
 from tightrope.types import Json
 
 MAX_BATCHES = 1 << 20
@@ -59,7 +60,7 @@ class House:
         per_sample = of_schedule(program, schedule, 1).total.offline_bytes
         most = max(1, int(settings.mpc.material_bytes // max(1, per_sample)))
         torch.set_num_threads(threads_of(settings.mpc))
-        gates.load_kernels(schedule.steps)
+        load_kernels(schedule.steps)
         stock = None if settings.stock is None else Stock(settings.stock)
         return cls(settings, program, schedule, own, stock, weights, most)
 

@@ -1,7 +1,7 @@
 """Fixed-point arithmetic in Z_2^64 and Z_2^32: int64 or int32 tensors whose sums and products wrap.
 
-torch's integer convolution and matmul are exact in these rings and the fastest measured on a CPU. Elements of
-Z_2^40 and Z_2^48 lie in int64 as well; what their upper bits are does not matter, and they never leave.
+Elements of Z_2^40 and Z_2^48 lie in int64 as well; what their upper bits are does not matter, and they never
+leave.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tightrope.program import (
     Relu,
     Upsample,
 )
+from tightrope.runtimes.mpc.convolution import convolve
 from tightrope.runtimes.mpc.prg import WORDS
 from tightrope.runtimes.mpc.steps import Local, Multiply, RevealLabel, Step, Wire
 from tightrope.runtimes.mpc.terms import Term
@@ -126,9 +127,7 @@ def multiply(op: Conv2d | Linear | Term, weight: Tensor, x: Tensor) -> Tensor:
         return x * per_channel(weight, op.shape)
     if isinstance(op, Linear):
         return x @ weight.T
-    if op.dilation != (1, 1) and x.dtype != torch.int64:  # torch dilates no other integers
-        return multiply(op, weight.long(), x.long()).to(x.dtype)
-    return F.conv2d(F.pad(x, op.padding), weight, None, op.stride, 0, op.dilation, op.groups)
+    return convolve(op, weight, x)
 
 
 def per_channel(bias: Tensor, shape: tuple[int, ...]) -> Tensor:

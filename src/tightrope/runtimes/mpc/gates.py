@@ -7,21 +7,19 @@ c and of c times the truncated mask (b = opened bit xor c). Patch ReLU: Gorski a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrope.program import Relu
 from tightrope.runtimes.mpc import _tiles as kernels
 from tightrope.runtimes.mpc import fss
 from tightrope.runtimes.mpc._halftree import U8, U64
 from tightrope.runtimes.mpc._tiles import I64, Words
 from tightrope.runtimes.mpc.prg import WORDS, Stream
-from tightrope.runtimes.mpc.steps import UNIT_BITS, Field, Gate, Piece, Step, Truncate, Wire
+from tightrope.runtimes.mpc.steps import UNIT_BITS, Field, Gate, Truncate
 
 Shares = dict[str, NDArray[Any]]
 CLIENT, SERVER = 0, 1
@@ -225,30 +223,3 @@ def evaluate_bits(party: int, step: Gate, opened: Words, root: U64, shares: Shar
         for x, b in zip(points, bit, strict=True)
     ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def load_kernels(steps: Iterable[Step]) -> None:
-    """Run every compiled loop once on gates of one element, so that no batch waits for the compiler."""
-    gates = (step for step in steps if isinstance(step, Truncate | Gate))
-    for before, after in sorted({(step.input.ring_bits, step.output.ring_bits) for step in gates}):
-        warm_kernels(before, after)
-
-
-def warm_kernels(before: int, after: int) -> None:
-    """Those of gates from one ring to another."""
-    relu = Relu(name="", inputs=("",), shape=(1, 1, 1), patches=((1, 1),))
-    wire = Wire("", relu.shape, 20, 1.0, 1.0, static=False, ring_bits=before)
-    step = Gate(
-        index=0, op="", kernel=relu, input=wire, output=replace(wire, ring_bits=after), shift=10, trim=10,
-        bits=20, pieces=(Piece(), Piece(square=1)),
-    )  # fmt: skip
-    stream = Stream(bytes(32))  # a fixed key: nothing secret is here
-    r = stream.ring(1, before)
-    bits = np.zeros(2, np.uint8)
-    roots = stream.blocks(1)
-    shares = share_gate(step, r, bits, stream)
-    shares["hash_key"] = np.zeros(fss.HASH_KEY_BYTES, np.uint8)
-    key = shares["hash_key"].tobytes()
-    shares["words"], shares["bit"] = fss.gen(mask_points(step, r), bits, step.bits, roots, roots, bits, key)
-    evaluate_bits(CLIENT, step, r, roots, shares, 1)
-    select(CLIENT, step, r, r.reshape(1, 1, 1, 1), shares, bits)

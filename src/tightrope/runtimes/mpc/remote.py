@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tightrope.errors import InputError, ProtocolError
 from tightrope.program import Program
-from tightrope.runtimes.mpc import control, gates
+from tightrope.runtimes.mpc import control
 from tightrope.runtimes.mpc.channel import Channel, Clock
 from tightrope.runtimes.mpc.frame import ANSWER, ASK
 from tightrope.runtimes.mpc.keys import Credentials, Role, read_credentials, tls_context
@@ -40,6 +40,7 @@ from tightrope.runtimes.mpc.team import (
     seat,
 )
 from tightrope.runtimes.mpc.tls import connect
+from tightrope.runtimes.mpc.warm import load_kernels
 from tightrope.types import Json
 
 MAX_ANSWER_BYTES = 1 << 22  # a report of a network of some 10,000 ops
@@ -94,7 +95,7 @@ class Client:
         program = Program.load(settings.program, weights=False)
         schedule = compile_program(program, settings.mpc)
         own = read_credentials(settings.certificates, settings.role)
-        gates.load_kernels(schedule.steps)
+        load_kernels(schedule.steps)
         stock = None if settings.stock is None else Stock(settings.stock)
         return cls(settings, program, schedule, own, stock)
 

@@ -35,7 +35,8 @@ class Profile:
     bulk: the same offline, where messages are long and nobody waits for the next one;
     step, gate: the fixed part of a step, of a `Gate`; mac: a multiplication in the ring with its addition;
     row: a weight of a convolution times all that it meets in a sample; gathered: a value that a convolution
-    collects, once per group; group: a group of a convolution; element: read and written in a local step;
+    collects, once per group; beside: a product between the rows of its result; group: a group of a
+    convolution; element: read and written in a local step;
     opened: masked, summed over its tile and truncated; selected: multiplied with the bit of its tile;
     compared: a DReLU; level: one level of its tree. Offline: deal: the fixed part of a step; drawn: a byte of
     a keystream; shared: an element that the dealer shares; keyed: one level of a key that it makes.
@@ -52,6 +53,7 @@ class Profile:
     mac: float
     row: float
     gathered: float
+    beside: float
     group: float
     element: float
     opened: float
@@ -99,11 +101,16 @@ class Profile:
     def read(cls, body: Json, ring_bits: int, where: str) -> Profile:
         """From what `MPC.calibrate` makes: {"host", "rings": {bits: units}}. Raises InputError else.
 
-        Earlier profiles, those in bundles too, have no `group` and no `bulk`: a byte was a byte.
+        Earlier profiles, those in bundles too, have no `group`, no `beside` and no `bulk`: a byte was a byte.
         """
         try:
             host, rings = body["host"], body["rings"]
-            units = {"group": 0.0, "bulk": rings[str(ring_bits)]["byte"], **rings[str(ring_bits)]}
+            units = {
+                "group": 0.0,
+                "beside": 0.0,
+                "bulk": rings[str(ring_bits)]["byte"],
+                **rings[str(ring_bits)],
+            }
             wrong = sorted(units.keys() ^ set(UNITS))
             fits = isinstance(host, dict) and not wrong
             larger = ring_bits == HALF_BITS and "64" in rings

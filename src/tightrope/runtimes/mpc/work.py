@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from tightrope.program import Conv2d
+from tightrope.runtimes.mpc.convolution import beside
 from tightrope.runtimes.mpc.fss import word_levels
 from tightrope.runtimes.mpc.keys import Role
 from tightrope.runtimes.mpc.steps import (
@@ -69,6 +70,7 @@ def _product_of_layer(step: Multiply, batch: int) -> dict[str, float]:
     if isinstance(kernel, Conv2d):
         work["row"] = batch * math.prod(kernel.weight_shape)
         work["gathered"] = macs / kernel.weight_shape[0] * kernel.groups
+        work["beside"] = batch * beside(kernel)
         work["group"] = kernel.groups * (2 + batch) / 3  # measured: partly once a call, partly per sample
     return work
 

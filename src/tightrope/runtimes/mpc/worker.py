@@ -23,7 +23,7 @@ import torch
 
 from tightrope.errors import InputError, ProtocolError
 from tightrope.program import Program
-from tightrope.runtimes.mpc import control, gates
+from tightrope.runtimes.mpc import control
 from tightrope.runtimes.mpc.channel import BEAT_S, Channel, Clock
 from tightrope.runtimes.mpc.config import MPC
 from tightrope.runtimes.mpc.keys import Credentials, Role, tls_context
@@ -31,6 +31,7 @@ from tightrope.runtimes.mpc.listen import LOOPBACK, Listener
 from tightrope.runtimes.mpc.schedule import compile_program
 from tightrope.runtimes.mpc.team import Worker, beat_s, beating, peak_memory_bytes, seat, threads_of
 from tightrope.runtimes.mpc.tls import connect
+from tightrope.runtimes.mpc.warm import load_kernels
 from tightrope.types import Json
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -129,7 +130,7 @@ def _start(commands: SimpleQueue[Command], replies: Replies) -> Worker:
         program = Program.decode(begin["structure"], weights if role == "server" else None, Path(role))
         schedule = compile_program(program, config)
         own = Credentials(*(text.encode() for text in begin["credentials"]))
-        gates.load_kernels(schedule.steps)
+        load_kernels(schedule.steps)
         listener = None
         if ACCEPTS[role]:
             port = config.port + begin["port_offset"] if config.port else 0
