@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from small_networks import NETWORKS, images, network
 from tightrope.errors import InputError
 from tightrope.program import AvgPool2d, Conv2d, Linear, Relu
 from tightrope.runtimes.mpc import MPC, compile_program, convolution, fss, gates, oracle
-from tightrope.runtimes.mpc.convolution import by_torch, direct
+from tightrope.runtimes.mpc.convolution import by_torch, direct, direct_matmul
 from tightrope.runtimes.mpc.fixed import encode, local, multiply, pool_divisor, tensor, words
 from tightrope.runtimes.mpc.prg import WORDS, Stream
 from tightrope.runtimes.mpc.steps import Gate, Local, Piece, Truncate, Wire
@@ -43,18 +43,27 @@ def test_products_wrap_modulo_the_ring(ring_bits: int) -> None:
 
 
 @given(
-    stride=st.tuples(*[st.integers(1, 3)] * 2),
-    dilation=st.tuples(*[st.integers(1, 2)] * 2),
-    kernel=st.tuples(*[st.integers(1, 3)] * 2),
-    padding=st.tuples(*[st.integers(0, 2)] * 4),
+    size=st.tuples(*[st.integers(1, 9)] * 2),
+    stride=st.tuples(*[st.integers(1, 5)] * 2),
+    dilation=st.tuples(*[st.integers(1, 3)] * 2),
+    kernel=st.tuples(*[st.integers(1, 4)] * 2),
+    padding=st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 4),
     groups=st.sampled_from([1, 2, 4]),
+    batch=st.integers(0, 2),
+    channels_last=st.booleans(),
 )
-def test_convolutions_equal_torch_in_floats(stride, dilation, kernel, padding, groups) -> None:
+def test_convolutions_equal_torch_in_floats(
+    size, stride, dilation, kernel, padding, groups, batch, channels_last
+) -> None:
     """On numbers that float64 holds exactly."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-99, 99, (2, 4, 7, 8), generator=generator)
+    x = torch.randint(-99, 99, (batch, 4, *size), generator=generator)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
     w = torch.randint(-99, 99, (8, 4 // groups, *kernel), generator=generator)
-    want = F.conv2d(F.pad(x.double(), padding), w.double(), None, stride, 0, dilation, groups)
+    padded = F.pad(x.double(), padding)
+    assume(all(n > (k - 1) * d for n, k, d in zip(padded.shape[2:], kernel, dilation, strict=True)))
+    want = F.conv2d(padded, w.double(), None, stride, 0, dilation, groups)
     op = Conv2d(
         name="c",
         inputs=("x",),
@@ -92,6 +101,26 @@ def test_convolutions_of_ring_elements_are_the_same_by_torch_and_directly(
         finally:
             torch.set_num_threads(threads)
         assert torch.equal(found, by_torch(op, w, x))
+
+
+@pytest.mark.parametrize("ring_bits", [64, 32])
+def test_matrices_of_ring_elements_are_the_same_by_torch_and_directly(ring_bits) -> None:
+    stream = Stream(bytes(32))
+    x, w = (tensor(stream.ring(shape, ring_bits), shape) for shape in ((2, 3, 37), (5, 37)))
+    assert torch.equal(direct_matmul(w, x), x @ w.T)
+    op = Conv2d(name="c", inputs=("x",), shape=(5, 1, 1), kernel=(1, 1), in_channels=37)
+    assert torch.equal(direct(op, w[..., None, None], x[0, ..., None, None]).flatten(1), x[0] @ w.T)
+
+
+def test_nothing_beside_an_input_is_read() -> None:
+    op = Conv2d(name="c", inputs=("x",), shape=(2, 4, 4), kernel=(3, 3), padding=(1,) * 4, in_channels=4)
+    w, x = torch.ones(op.weight_shape, dtype=torch.int64), torch.ones((1, 4, 4, 4), dtype=torch.int64)
+    assert direct(op, w, x).shape == (1, 2, 4, 4)
+    for weight, given_ in ((w[:1], x), (w, x[:, :1]), (w, x[..., :3]), (w, x.int())):
+        with pytest.raises((ValueError, InputError)):
+            direct(op, weight, given_)
+    with pytest.raises(InputError, match="do not fit"):
+        direct_matmul(w.flatten(1), x.flatten(1))
 
 
 @given(

@@ -70,6 +70,7 @@ def test_units_of_work_are_those_on_the_critical_path() -> None:
 
     assert ns(mac=1.0) == 54 * 16 + 240
     assert ns(gathered=1.0) == 2 * 9 * 16
+    assert ns(beside=1.0) == 54 * 3 * 2  # two columns of padding between four rows
     assert ns(gate=1.0) == 1
     assert ns(opened=1.0) == 48  # the identity channel is truncated too
     assert ns(selected=1.0) == 32

@@ -2,7 +2,8 @@
 
 import tightrope.runtimes.mpc.remote
 import tightrope.runtimes.mpc.service  # noqa: F401
-from tightrope.runtimes.mpc.warm import warm_convolution, warm_gates
+from tightrope.runtimes.mpc.warm import warm_gates, warm_linear
 
-warm_convolution(64)
+warm_linear(64)
+warm_linear(32)
 warm_gates(64, 64)

@@ -365,5 +365,6 @@ def _host(threads: int) -> dict[str, Any]:
         "threads_per_party": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "numpy": np.__version__,
     }

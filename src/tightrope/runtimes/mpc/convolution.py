@@ -1,13 +1,13 @@
-"""Convolutions of int64 or int32 tensors, exact modulo 2^64 or 2^32.
+"""Convolutions and matrices times int64 or int32 tensors, exact modulo 2^64 or 2^32.
 
-torch multiplies 64-bit integers in vectors with AVX-512 only: elsewhere a loop of ours that needs no columns
-(`_direct.py`) is 3 to 10 times as fast. With AVX-512 torch's is as fast or faster.
+torch multiplies 64-bit integers in vectors with AVX-512 only: elsewhere loops of ours that need no columns
+(`_direct.py`) are 3 to 10 times as fast. With AVX-512 torch's are as fast or faster. Which one it is follows
+from the machine and public shapes, as does the time that it takes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,17 +19,26 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tightrope.program import Conv2d
-from tightrope.runtimes.mpc._direct import convolved
+from tightrope.errors import InputError
+from tightrope.ops import Conv2d
+from tightrope.runtimes.mpc._direct import convolved, products
 
 SHARED = 1 << 22  # multiplications from which on threads share them
+Pair = tuple[int, int]
 
 
 def convolve(op: Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     """(N, in, H, W) -> (N, *op.shape), without bias, on torch's number of threads."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return by_torch(op, weight, x)
-    return direct(op, weight, x)
+    return by_torch(op, weight, x) if _vectors() else direct(op, weight, x)
+
+
+def matmul(weight: Tensor, x: Tensor) -> Tensor:
+    """(..., in) -> (..., out), by a weight (out, in)."""
+    return x @ weight.T if _vectors() else direct_matmul(weight, x)
+
+
+def _vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def by_torch(op: Conv2d, weight: Tensor, x: Tensor) -> Tensor:
@@ -38,75 +47,94 @@ def by_torch(op: Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     return F.conv2d(F.pad(x, op.padding), weight, None, op.stride, 0, op.dilation, op.groups)
 
 
-def pitch(op: Conv2d) -> int:
-    """From a row of outputs to the next one, in values, as `direct` computes them."""
-    return op.shape[2] + (op.kernel[1] - 1) * op.dilation[1] // op.stride[1]
+def direct_matmul(weight: Tensor, x: Tensor) -> Tensor:
+    _check(weight.dtype == x.dtype and weight.shape[1:] == x.shape[-1:], weight, x)
+    rows = x.reshape(-1, weight.shape[1]).contiguous()
+    out = torch.empty((len(rows), len(weight)), dtype=x.dtype)
+    products(rows.numpy(), weight.contiguous().numpy(), out.numpy())
+    return out.reshape(*x.shape[:-1], len(weight))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """How `direct` reads an input. by: by stride, where the parts begin that the kernel meets, in each of
     which neighbours of the result are neighbours in memory; rows and columns: of a part; offset: of every
     weight of an output, from the first value of its group of channels."""
 
-    by: tuple[tuple[int, int], ...]
+    by: tuple[Pair, ...]
     rows: int
     columns: int
     offset: NDArray[np.int64]
 
 
-@lru_cache(maxsize=1024)
-def planned(op: Conv2d) -> Plan:
-    (kh, kw), (sh, sw), (dh, dw) = op.kernel, op.stride, op.dilation
-    rows, columns = op.shape[1] + (kh - 1) * dh // sh, pitch(op)
+@lru_cache(maxsize=256)
+def planned(channels: int, size: Pair, kernel: Pair, stride: Pair, dilation: Pair) -> Plan:
+    """For a group of `channels` inputs and results of `size`."""
+    (kh, kw), (sh, sw), (dh, dw) = kernel, stride, dilation
+    rows, columns = (pitch(*of_axis) for of_axis in zip(size, kernel, stride, dilation, strict=True))
     i, j = np.arange(kh) * dh, np.arange(kw) * dw
     by_row, row = np.unique(i % sh, return_inverse=True)
     by_column, column = np.unique(j % sw, return_inverse=True)
     parts = len(by_row) * len(by_column)
     part = row[:, None] * len(by_column) + column
     place = part * (rows * columns) + (i // sh * columns)[:, None] + j // sw
-    channels = np.arange(op.in_channels // op.groups) * (parts * rows * columns)
+    first = np.arange(channels) * (parts * rows * columns)
     by = tuple(product(by_row.tolist(), by_column.tolist()))
-    return Plan(by, rows, columns, (channels[:, None, None] + place).reshape(-1))
+    return Plan(by, rows, columns, (first[:, None, None] + place).reshape(-1))
+
+
+def pitch(size: int, kernel: int, stride: int, dilation: int) -> int:
+    """Values of a part along an axis: from a row of outputs to the next one, as `direct` computes them."""
+    return size + (kernel - 1) * dilation // stride
 
 
 def direct(op: Conv2d, weight: Tensor, x: Tensor) -> Tensor:
-    plan, (sh, sw), (left, _, top, _) = planned(op), op.stride, op.padding
-    height, width = x.shape[2:]
-    right, bottom = plan.columns * sw - width - left, plan.rows * sh - height - top
-    if (left, right, top, bottom) != (0, 0, 0, 0):
-        x = F.pad(x, (left, right, top, bottom))
+    fits = weight.dtype == x.dtype and op.result(tuple(x.shape[1:])) == op.shape
+    _check(fits and tuple(weight.shape) == op.weight_shape, weight, x)
+    if op.groups == 1 and op.shape[1:] == op.kernel == tuple(x.shape[2:]) == (1, 1):
+        return direct_matmul(weight.flatten(1), x.flatten(1)).reshape(len(x), *op.shape)
+    channels, outputs = op.in_channels // op.groups, op.shape[0] // op.groups
+    plan, (sh, sw) = planned(channels, op.shape[1:], op.kernel, op.stride, op.dilation), op.stride
+    x = _padded(x, op.padding, plan.rows * sh, plan.columns * sw)
     parts = [x[:, :, i::sh, j::sw] for i, j in plan.by]
-    x = parts[0].contiguous() if len(parts) == 1 else torch.stack(parts, 2)
+    x = parts[0].contiguous() if len(parts) == 1 else torch.stack(parts, 2).contiguous()
 
     out = torch.empty((len(x), *op.shape), dtype=x.dtype)
-    grouped = out.view(len(x), op.groups, -1, *op.shape[1:]).numpy()
-    values = x.view(len(x), op.groups, -1).numpy()
-    weights = weight.contiguous().view(op.groups, -1, len(plan.offset)).numpy()
+    grouped = out.view(len(x), op.groups, outputs, *op.shape[1:]).numpy()
+    values = x.view(len(x), op.groups, channels * len(parts) * plan.rows * plan.columns).numpy()
+    weights = weight.contiguous().view(op.groups, outputs, len(plan.offset)).numpy()
 
     def work(first: int, last: int) -> None:
         convolved(values, weights, plan.offset, plan.columns, first, last, grouped)
 
-    outputs, threads = op.shape[0], torch.get_num_threads()
+    threads = torch.get_num_threads()
     if threads == 1 or out.numel() * len(plan.offset) < SHARED:
-        work(0, outputs)
+        work(0, op.shape[0])
         return out
-    each = -(-outputs // threads)
+    each = 2 * math.ceil(op.shape[0] / threads / 2)  # outputs go in twos
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, k, min(k + each, outputs)) for k in range(0, outputs, each)]:
+        for done in [pool.submit(work, k, min(k + each, op.shape[0])) for k in range(0, op.shape[0], each)]:
             done.result()
     return out
 
 
+def _padded(x: Tensor, padding: tuple[int, int, int, int], rows: int, columns: int) -> Tensor:
+    """With zeros around it, of as many rows and columns: beyond these nothing is read."""
+    left, right, top, bottom = padding
+    height, width = x.shape[2:]
+    right, bottom = max(0, columns - width - left), max(0, rows - height - top)
+    if (left, right, top, bottom) != (0, 0, 0, 0):
+        x = F.pad(x, (left, right, top, bottom))
+    return x[:, :, :rows, :columns]
+
+
+def _check(fits: bool, weight: Tensor, x: Tensor) -> None:
+    if not fits:
+        given = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (weight, x))
+        raise InputError("a weight and an input do not fit each other or their layer", got=given)
+
+
 def beside(op: Conv2d) -> int:
     """Products that `direct` computes between the rows of one sample's outputs."""
-    weights = math.prod(op.weight_shape)
-    return weights * (op.shape[1] - 1) * (pitch(op) - op.shape[2])
-
-
-def load(dtypes: Iterable[torch.dtype]) -> None:
-    """Run the compiled loop once with each, so that no batch waits for the compiler."""
-    op = Conv2d(name="", inputs=("",), shape=(1, 1, 1), kernel=(1, 1), in_channels=1)
-    for dtype in dtypes:
-        one = torch.ones(op.weight_shape, dtype=dtype)
-        convolve(op, one, one)
+    between = pitch(op.shape[2], op.kernel[1], op.stride[1], op.dilation[1]) - op.shape[2]
+    return math.prod(op.weight_shape) * (op.shape[1] - 1) * between

@@ -31,7 +31,7 @@ from tightrope.program import (
     Relu,
     Upsample,
 )
-from tightrope.runtimes.mpc.convolution import convolve
+from tightrope.runtimes.mpc.convolution import convolve, matmul
 from tightrope.runtimes.mpc.prg import WORDS
 from tightrope.runtimes.mpc.steps import Local, Multiply, RevealLabel, Step, Wire
 from tightrope.runtimes.mpc.terms import Term
@@ -126,7 +126,7 @@ def multiply(op: Conv2d | Linear | Term, weight: Tensor, x: Tensor) -> Tensor:
     if isinstance(op, Term):
         return x * per_channel(weight, op.shape)
     if isinstance(op, Linear):
-        return x @ weight.T
+        return matmul(weight, x)
     return convolve(op, weight, x)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tightrope.program import Conv2d, Relu
 from tightrope.runtimes.mpc import fss
-from tightrope.runtimes.mpc.convolution import convolve
+from tightrope.runtimes.mpc.convolution import convolve, matmul
 from tightrope.runtimes.mpc.fixed import DTYPES
 from tightrope.runtimes.mpc.gates import CLIENT, evaluate_bits, mask_points, select, share_gate
 from tightrope.runtimes.mpc.prg import Stream
@@ -21,20 +21,21 @@ def load_kernels(steps: Iterable[Step]) -> None:
     """Those that the steps use."""
     layers, gates = set(), set()
     for step in steps:
-        if isinstance(step, Multiply) and isinstance(step.kernel, Conv2d):
+        if isinstance(step, Multiply):
             layers.add(step.output.ring_bits)
         elif isinstance(step, Truncate | Gate):
             gates.add((step.input.ring_bits, step.output.ring_bits))
     for ring_bits in sorted(layers):
-        warm_convolution(ring_bits)
+        warm_linear(ring_bits)
     for before, after in sorted(gates):
         warm_gates(before, after)
 
 
-def warm_convolution(ring_bits: int) -> None:
-    op = Conv2d(name="", inputs=("",), shape=(1, 1, 1), kernel=(1, 1), in_channels=1)
-    one = torch.ones(op.weight_shape, dtype=DTYPES[ring_bits])
-    convolve(op, one, one)
+def warm_linear(ring_bits: int) -> None:
+    op = Conv2d(name="", inputs=("",), shape=(1, 1, 1), kernel=(1, 2), in_channels=1)
+    x = torch.ones(op.weight_shape, dtype=DTYPES[ring_bits])
+    convolve(op, x, x)
+    matmul(x.flatten(1), x.flatten(1))
 
 
 def warm_gates(before: int, after: int) -> None:
