@@ -67,15 +67,13 @@ class _Residual(nn.Module):
         return y
 
 
-def wide(
-    side: int, classes: int, stages: int, macs: float, drelus: float, strides: tuple[int, ...] = (1, 2, 4)
-) -> Shape:
+def wide(side: int, classes: int, stages: int, macs: float, drelus: float) -> Shape:
     """Equal to both numbers within the tolerance, and as like the searched network as may be: of as many
     stages, if there is one, then with the smallest kernel, then the nearest. Where no shape is that near, the
     nearest that is over neither number by more than the tolerance.
     """
     best: tuple[tuple[float, ...], Shape] | None = None
-    freedom = (range(1, stages + 1), range(1, 7), (3, 5, 7, 9), strides)
+    freedom = (range(1, stages + 1), range(1, 7), (3, 5, 7, 9), (1, 2, 4))
     for number, blocks, kernel, stride in itertools.product(*freedom):
         for channels in range(2, 257):
             shape = Shape(channels, number, blocks, kernel, stride)

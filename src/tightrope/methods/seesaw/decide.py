@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tightrope.errors import BudgetError
-from tightrope.methods.seesaw.prices import METRICS, Prices, burden
+from tightrope.methods.seesaw.prices import Prices, burden
 from tightrope.methods.seesaw.supernet import Mixture, Supernet
 
 ROOM = 0.7  # of what a limit leaves beyond the cheapest network may go to operators
 LEAST = 1e-12
+CLOSE = 1e-3  # prices that differ by a smaller share are the same
 
 
 @dataclass
@@ -157,10 +158,10 @@ def prune(
 ) -> bool:
     """Drop operators by what they are worth against what they cost, until the linear work fits.
 
-    What an operator costs is what its block costs more with it, merged with the others. Where one operator a
-    block is still too much for a limit, the cheapest operators take their places. Without `options` the
-    cheapest count, and a part of the limit is left to others. False if even one operator a block is too
-    much for the balance.
+    What an operator costs is what its block costs more with it, merged with the others: for the balance
+    those that disappear into a larger kernel stay. Where one operator a block is still too much for a
+    limit, the cheapest operators take their places. Without `options` the cheapest count, and a part of the
+    limit is left to others. False if even one operator a block is too much for the balance.
     """
     stages = prices.space.stages()
     felt: dict[int, dict[int, float]] = {}
@@ -170,16 +171,8 @@ def prune(
         for b, (stage, mixture) in enumerate(zip(stages, net.mixtures, strict=True)):
             if b not in felt:
                 felt[b] = importances(mixture, judge)
-            # where a limit is exceeded the cheapest operator is the one to be left
-            valued: Mapping[int, float] = felt[b]
-            if excess in METRICS:
-                valued = {
-                    k: -float(getattr(prices.block(stage, [mixture.names[k]]), excess)) for k in felt[b]
-                }
-            work = prices.work if excess == "balance" else prices.time
-            now, least = work(stage, _real(mixture)), 1e-3 * prices.work(stage, _real(mixture))
-            for k, loss in expendable(mixture, felt[b], valued).items():
-                saved = max(now - work(stage, _real(mixture, k)), least, LEAST)
+            for k, saved in _savings(prices, stage, mixture, felt[b], excess).items():
+                loss = felt[b][k]
                 worth = loss / saved if loss > 0 else loss * saved
                 if best is None or worth < best[0]:
                     best = (worth, b, k)
@@ -191,6 +184,24 @@ def prune(
     if over := _exceeded(net, prices, wanted, options):
         _swap(net, prices, wanted, options, over)
     return _balance(net, prices, wanted, options) <= wanted.balance
+
+
+def _savings(
+    prices: Prices, stage: int, mixture: Mixture, felt: dict[int, float], excess: str
+) -> dict[int, float]:
+    """Of the operators that may go from a block, the milliseconds that this saves, or next to nothing."""
+    names, work = mixture.names, prices.work if excess == "balance" else prices.time
+    now = work(stage, _real(mixture))
+    saved = {k: max(now - work(stage, _real(mixture, k)), LEAST) for k in felt}
+    if excess == "balance":  # two of the same size save only together
+        return {
+            k: ms
+            for k, ms in saved.items()
+            if ms > CLOSE * now or (names[k] != "none" and work(stage, [names[k]]) > now - CLOSE * now)
+        }
+    # the cheapest operator is the one to be left
+    cheap = {k: -float(getattr(prices.block(stage, [names[k]]), excess)) for k in felt if names[k] != "none"}
+    return {k: max(saved[k], CLOSE * now) for k in expendable(mixture, felt, cheap)}
 
 
 def _swap(net: Supernet, prices: Prices, wanted: Wanted, options: Sequence[int] | None, metric: str) -> None:
