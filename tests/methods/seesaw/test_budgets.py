@@ -106,6 +106,23 @@ def test_the_cheapest_operator_takes_the_place_of_the_last_one():
         assert not any("conv_3" in block.operators for block in network.blocks)
 
 
+@pytest.mark.parametrize("worth", [(-1, 1, 3, 2), (1, -1, 0, 0), (0, 0, 0, 0)])
+def test_for_the_balance_only_operators_that_cost_something_go(worth):
+    """Smaller convolutions disappear into the 5x5 ones beside them, which go one after the other."""
+    names = ["conv_1", "conv_3", "conv_5", "dil_conv_3"]
+    prices = prices_of(operators=",".join(names))
+    net = a_net(prices, names)
+
+    def judge() -> float:
+        return -sum(worth[names.index(m.names[k])] for m in net.mixtures for k in m.picked)
+
+    middle = prices.space.network(["conv_3"], relu=True, pool="avg")
+    balance = 1.001 * prices.balance(middle, 1000)
+    assert prune(net, prices, Wanted("drelus", 1000, NONE, balance), judge)
+    for block in net.architecture([1, 1, 0]).blocks:
+        assert block.operators in [("conv_1",), ("conv_1", "conv_3"), tuple(names)]
+
+
 def test_multiplications_between_a_merged_and_an_unmerged_network():
     """ReLUs go where only merged blocks are few enough; 111,200 is one operator a block, each on its own."""
     config = {"space": "2,2", "operators": "conv_1,conv_3", "width": 8}
