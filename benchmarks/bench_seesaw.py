@@ -60,7 +60,7 @@ SEARCHED = "searched"
 BARS = ("random gates", "no extra operators", "wide residual")
 NETWORKS = (SEARCHED, *BARS)
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
-SESSIONS, RUNS, WARM_UP = 5, 20, 5  # of one image: in a session two parties may share a core all the time
+SESSIONS, RUNS, WARM_UP = 9, 15, 5  # of one image: some sessions are slow all the time
 METHOD_CODE = Path(inspect.getfile(SeesawMethod)).parent
 
 
