@@ -8,7 +8,6 @@ follows from the machine, how long it takes from public shapes.
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -22,6 +21,7 @@ from torch import Tensor
 from tightrope.errors import InputError
 from tightrope.ops import Conv2d
 from tightrope.runtimes.mpc._direct import convolved, products
+from tightrope.runtimes.mpc.chunks import over_chunks
 
 SHARED = 1 << 22  # multiplications from which on threads share them
 Pair = tuple[int, int]
@@ -111,10 +111,7 @@ def direct(op: Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     if threads == 1 or out.numel() * len(plan.offset) < SHARED:
         work(0, op.shape[0])
         return out
-    each = 2 * math.ceil(op.shape[0] / threads / 2)  # outputs go in twos
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, k, min(k + each, op.shape[0])) for k in range(0, op.shape[0], each)]:
-            done.result()
+    over_chunks(work, op.shape[0], 2 * math.ceil(op.shape[0] / threads / 2), threads)  # outputs go in twos
     return out
 
 

@@ -28,7 +28,6 @@ each with an output mask c and constant bits of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -36,6 +35,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from tightrope.errors import ProtocolError
 from tightrope.runtimes.mpc import _halftree as kernels
 from tightrope.runtimes.mpc._halftree import LEAF_BITS, U8, U64
+from tightrope.runtimes.mpc.chunks import over_chunks
 
 BLOCK_BYTES = 16
 HASH_KEY_BYTES = 32  # AES-128 keys of the tree and of the leaves
@@ -109,7 +109,7 @@ def gen(
             aes = leaf(sigma)
             kernels.correct_leaf(sigma0, sigma1, aes[:size], aes[size:], r[lo:hi], n - 1, words[-1, lo:hi])
 
-    _over_chunks(work, count, threads)
+    _shared(work, count, threads)
     sign = ((r >> np.uint64(n - 1)) & np.uint64(1)).astype(np.uint8)
     return words, np.tile(sign, uses) ^ c ^ bit0 ^ np.uint8(1)
 
@@ -149,7 +149,7 @@ def evaluate(
                 sigma, leaf(sigma), words[-1, lo:hi], x, n - 1, party, parity, bit[lo:hi], shares[lo:hi]
             )
 
-    _over_chunks(work, count, threads)
+    _shared(work, count, threads)
     return shares
 
 
@@ -183,16 +183,12 @@ def _hashes(hash_key: bytes, rows: int) -> tuple[Callable[[U64], U64], Callable[
     return under(hash_key[:BLOCK_BYTES]), under(hash_key[BLOCK_BYTES:])
 
 
-def _over_chunks(work: Callable[[int, int], None], count: int, threads: int) -> None:
+def _shared(work: Callable[[int, int], None], count: int, threads: int) -> None:
     """Call work(start, stop) over 0..count in chunks, on `threads` threads."""
     if threads <= 1 or count <= TILE:
         work(0, count)
         return
-    step = min(CHUNK, -(-count // threads))
-    starts = range(0, count, step)
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, start, min(start + step, count)) for start in starts]:
-            done.result()
+    over_chunks(work, count, min(CHUNK, -(-count // threads)), threads)
 
 
 def _check(name: str, array: U8 | U64, dtype: type, shape: tuple[int, ...]) -> None:
